@@ -89,42 +89,36 @@ class Config:
             raise ValueError("scale_attn_by_inverse_layer_idx is not GPT-2's attention")
         if missing := {"vocab_size", "n_embd", "n_layer", "n_head"} - hf.keys():
             raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
-        return cls(
-            vocab_size=hf["vocab_size"],
-            max_seq_len=hf.get("n_positions") or hf.get("n_ctx") or 1024,
-            dim=hf["n_embd"],
-            n_layers=hf["n_layer"],
-            n_heads=hf["n_head"],
-            ffn_dim=hf.get("n_inner") or 4 * hf["n_embd"],
-            norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-            dropout=hf.get("resid_pdrop", 0.1),
-            tie_embeddings=hf.get("tie_word_embeddings", True),
-            pad_id=hf.get("pad_token_id"),
-            eos_id=hf.get("eos_token_id"),
-        )
+        hf = {"n_positions": hf.get("n_ctx", 1024)} | hf  # as old files spell it
+        known = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items() if theirs in hf}
+        return cls(**known | {"ffn_dim": hf.get("n_inner") or 4 * hf["n_embd"]})
 
     def to_hf(self) -> dict:
         """The `config.json` of the Hugging Face class with the same shape."""
-        return {
+        return {theirs: getattr(self, ours) for ours, theirs in HF_CONFIG.items()} | {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
             "activation_function": "gelu_new",
-            "vocab_size": self.vocab_size,
-            "n_positions": self.max_seq_len,
-            "n_embd": self.dim,
-            "n_layer": self.n_layers,
-            "n_head": self.n_heads,
-            "n_inner": self.ffn_dim,
-            "layer_norm_epsilon": self.norm_eps,
-            "resid_pdrop": self.dropout,
             "embd_pdrop": self.dropout,
             "attn_pdrop": self.dropout,
-            "tie_word_embeddings": self.tie_embeddings,
-            "pad_token_id": self.pad_id,
             "bos_token_id": self.eos_id,
-            "eos_token_id": self.eos_id,
         }
 
+
+# Our config fields and Hugging Face's.
+HF_CONFIG = {
+    "vocab_size": "vocab_size",
+    "max_seq_len": "n_positions",
+    "dim": "n_embd",
+    "n_layers": "n_layer",
+    "n_heads": "n_head",
+    "ffn_dim": "n_inner",
+    "norm_eps": "layer_norm_epsilon",
+    "dropout": "resid_pdrop",
+    "tie_embeddings": "tie_word_embeddings",
+    "pad_id": "pad_token_id",
+    "eos_id": "eos_token_id",
+}
 
 GPT2_124M = Config(eos_id=50256)
 GPT2_355M = replace(GPT2_124M, dim=1024, n_layers=24, n_heads=16, ffn_dim=4096)
@@ -318,33 +312,28 @@ class Transformer(nn.Module):
         write_checkpoint(Path(directory), self.config.to_hf(), export_tensors(self))
 
 
-# Checkpoint names as data: Hugging Face's name on the left, ours on the right. Where
-# one of theirs holds several of ours, it is their concatenation.
+# Checkpoint names as data: Hugging Face's modules on the left, ours on the right. Where
+# one of theirs holds several of ours, its rows are theirs one after the other.
+HF_MODULES = {
+    "transformer.h.{i}.ln_1": ["blocks.{i}.attention_norm"],
+    "transformer.h.{i}.attn.c_attn": [
+        "blocks.{i}.attention.wq",
+        "blocks.{i}.attention.wk",
+        "blocks.{i}.attention.wv",
+    ],
+    "transformer.h.{i}.attn.c_proj": ["blocks.{i}.attention.wo"],
+    "transformer.h.{i}.ln_2": ["blocks.{i}.ffn_norm"],
+    "transformer.h.{i}.mlp.c_fc": ["blocks.{i}.ffn.w_up"],
+    "transformer.h.{i}.mlp.c_proj": ["blocks.{i}.ffn.w_down"],
+    "transformer.ln_f": ["norm"],
+}
 HF_NAMES = {
+    f"{theirs}.{leaf}": [f"{part}.{leaf}" for part in parts]
+    for theirs, parts in HF_MODULES.items()
+    for leaf in ("weight", "bias")
+} | {
     "transformer.wte.weight": ["embed.weight"],
     "transformer.wpe.weight": ["positions.weight"],
-    "transformer.h.{i}.ln_1.weight": ["blocks.{i}.attention_norm.weight"],
-    "transformer.h.{i}.ln_1.bias": ["blocks.{i}.attention_norm.bias"],
-    "transformer.h.{i}.attn.c_attn.weight": [
-        "blocks.{i}.attention.wq.weight",
-        "blocks.{i}.attention.wk.weight",
-        "blocks.{i}.attention.wv.weight",
-    ],
-    "transformer.h.{i}.attn.c_attn.bias": [
-        "blocks.{i}.attention.wq.bias",
-        "blocks.{i}.attention.wk.bias",
-        "blocks.{i}.attention.wv.bias",
-    ],
-    "transformer.h.{i}.attn.c_proj.weight": ["blocks.{i}.attention.wo.weight"],
-    "transformer.h.{i}.attn.c_proj.bias": ["blocks.{i}.attention.wo.bias"],
-    "transformer.h.{i}.ln_2.weight": ["blocks.{i}.ffn_norm.weight"],
-    "transformer.h.{i}.ln_2.bias": ["blocks.{i}.ffn_norm.bias"],
-    "transformer.h.{i}.mlp.c_fc.weight": ["blocks.{i}.ffn.w_up.weight"],
-    "transformer.h.{i}.mlp.c_fc.bias": ["blocks.{i}.ffn.w_up.bias"],
-    "transformer.h.{i}.mlp.c_proj.weight": ["blocks.{i}.ffn.w_down.weight"],
-    "transformer.h.{i}.mlp.c_proj.bias": ["blocks.{i}.ffn.w_down.bias"],
-    "transformer.ln_f.weight": ["norm.weight"],
-    "transformer.ln_f.bias": ["norm.bias"],
     "lm_head.weight": ["head.weight"],
 }
 # Tensors that a file may hold although another says it already.
@@ -1057,7 +1046,7 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
-def count_tokens(batch: Tensor) -> int:
+def count_tokens(model: nn.Module, batch: Tensor) -> int:
     """How many predictions `loss` averages over."""
     return batch[:, 1:].numel()
 
@@ -1110,13 +1099,13 @@ class Training:
             group["lr"] = lr
         first = self.step * self.recipe.accumulate
         batches = [self.data.batch(first + i) for i in range(self.recipe.accumulate)]
-        tokens = sum(count_tokens(batch) for batch in batches)
+        tokens = sum(count_tokens(self.model, batch) for batch in batches)
         self.optimizer.zero_grad()
         total = 0.0
         for batch in batches:
             with self.precision():
                 mean = loss(self.run, to_device(batch, self.device))
-            part = mean * (count_tokens(batch) / tokens)
+            part = mean * (count_tokens(self.model, batch) / tokens)
             part.backward()
             total += part.item()
         norm = nn.utils.clip_grad_norm_(
@@ -1190,8 +1179,8 @@ def held_out_loss(training: Training) -> float:
     for batch in training.held_out.all():
         with training.precision():
             mean = loss(training.run, to_device(batch, training.device))
-        total += mean.item() * count_tokens(batch)
-        tokens += count_tokens(batch)
+        total += mean.item() * count_tokens(training.model, batch)
+        tokens += count_tokens(training.model, batch)
     return total / tokens
 
 
