@@ -9,7 +9,8 @@ is rewritten so that the statement is followed by a check of `q.shape`. A single
 binds at its first use within one call of the function and must keep that value; entries
 like `H/G`, `T-1` or `C+R` are evaluated. A capital that the function has as an integer
 variable, or its object as an attribute (`self.H`), or that the caller of `instrument`
-names in `known` (for methods only), stands for that value.
+names in `known` (within methods, and functions that have a `model` or a `config`),
+stands for that value.
 
 What a comment may say:
 
@@ -18,6 +19,7 @@ What a comment may say:
     a, b = ...          # (B, T), (B, S)        one shape for each target
     m = ...             # (B, 1, T, S) or None
     y = ...             # (..., D)              any number of dimensions, then D
+    z = ...             # (B*beams, n+1)        beams, n: integer variables of the call
     return x            # (B, T, V)
     yield x             # (B,)
     def f(x: Tensor):   # (B, T)                for the parameter on that line
@@ -119,14 +121,15 @@ class Instrumented:
         return value
 
     def fixed(self, local: dict[str, Any]) -> dict[str, int]:
-        """The letters that this call has no say in, the nearest meaning last."""
+        """The names that this call has no say in, the nearest meaning last."""
         owner = local.get("self")
-        sizes = dict(self.known) if owner is not None else {}
-        for names in (vars(owner) if hasattr(owner, "__dict__") else {}, local):
-            for letter, size in names.items():
-                is_letter = len(letter) == 1 and "A" <= letter <= "Z"
-                if is_letter and isinstance(size, int) and not isinstance(size, bool):
-                    sizes[letter] = size
+        of_model = any(name in local for name in ("self", "model", "config"))
+        sizes = dict(self.known) if of_model else {}
+        owned = vars(owner) if hasattr(owner, "__dict__") else {}
+        letters = {k: v for k, v in owned.items() if is_letter(k)}
+        for name, size in [*letters.items(), *local.items()]:
+            if isinstance(size, int) and not isinstance(size, bool):
+                sizes[name] = size
         return sizes
 
     def match(
@@ -150,7 +153,7 @@ class Instrumented:
             )
         # Plain letters first, so that H/G may stand before the H or G it needs.
         for entry, size in zip(shape, actual, strict=True):
-            if len(entry) == 1 and entry.isalpha() and entry not in fixed:
+            if is_letter(entry) and entry not in fixed:
                 bound.setdefault(entry, size)
         sizes = {**bound, **fixed}
         for entry, size in zip(shape, actual, strict=True):
@@ -178,34 +181,47 @@ class Instrumented:
         ]
 
 
+NAME = re.compile(r"[A-Za-z_]\w*")
+
+
+def is_letter(text: str) -> bool:
+    return len(text) == 1 and "A" <= text <= "Z"
+
+
 def show(sizes: Mapping[str, int], mentioned: str) -> str:
-    return ", ".join(f"{k} = {v}" for k, v in sorted(sizes.items()) if k in mentioned)
+    """The sizes of the names that stand in a text: `B = 2, T = 3`."""
+    names = set(NAME.findall(mentioned)) & sizes.keys()
+    return ", ".join(f"{name} = {sizes[name]}" for name in sorted(names))
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> Fraction | bool:
     """The exact value of an entry such as `H/G`, or of a comparison such as `S >= T`.
 
-    Raises NameError for a letter that has no size yet.
+    Raises NameError for a name that has no size.
     """
-    for letter in re.findall(r"[A-Z]", expression):
-        if letter not in sizes:
-            raise NameError(f"{letter} has no size yet")
-    exact = {letter: Fraction(size) for letter, size in sizes.items()}
+    names = set(NAME.findall(expression))
+    for name in sorted(names - sizes.keys()):
+        raise NameError(f"{name} has no size yet")
+    exact = {name: Fraction(sizes[name]) for name in names}
     return eval(expression, {"__builtins__": {}}, exact)
 
 
 def is_entry(text: str) -> bool:
-    """Whether `text` is arithmetic over single capitals and whole numbers."""
+    """Whether `text` is arithmetic over capitals, integer variables and numbers."""
     try:
         tree = ast.parse(text, mode="eval")
     except SyntaxError:
         return False
     return all(
         isinstance(node, ARITHMETIC)
-        and (not isinstance(node, ast.Name) or re.fullmatch("[A-Z]", node.id))
         and (not isinstance(node, ast.Constant) or isinstance(node.value, int))
         for node in ast.walk(tree)
     )
+
+
+def has_size(text: str) -> bool:
+    """Whether an entry holds a capital or a number; words alone may be prose."""
+    return is_entry(text) and bool(re.search(r"\b[A-Z]\b|\d", text))
 
 
 def parse_comment(text: str) -> tuple[list[list[str]], str | None, bool] | None:
@@ -220,11 +236,13 @@ def parse_comment(text: str) -> tuple[list[list[str]], str | None, bool] | None:
         if entries[-1] == "":  # "(B,)" and "()"
             entries.pop()
         valid = all(is_entry(e) for e in entries[entries[:1] == ["..."] :])
-        # "(2)" numbers a point and "(see below)" is prose; "(B,)" is a shape.
-        shapelike = "," in match[1] or not match[1].strip()
-        if not valid and shapelike and any(is_entry(e) for e in entries):
+        # "(2)" numbers a point, "(see below)" is prose; "(B,)", "(B)", "()" are shapes.
+        alone = match[0] == body and is_letter(match[1])
+        shapelike = "," in match[1] or not match[1].strip() or alone
+        sized = not entries or any(map(has_size, entries))
+        if not valid and shapelike and sized:
             raise ValueError(f"{body!r} cannot be read as a shape")
-        if not valid or not (shapelike or shapes):
+        if not valid or not sized or not (shapelike or shapes):
             break
         shapes.append(entries)
         rest = rest[match.end() :].lstrip()
@@ -347,7 +365,8 @@ def instrument(
 ) -> Instrumented:
     """Turns the shape comments of `source` into checks.
 
-    `known` fixes letters within methods: the sizes of the configuration that will run.
+    `known` fixes letters within methods and in functions that have a `model` or a
+    `config`: the sizes of the configuration that will run.
     `problems` of the result lists comments that look like shapes and cannot be checked.
     """
     sites: list[Site] = []

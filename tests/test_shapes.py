@@ -181,6 +181,9 @@ RIGHT = {
         "def g(x):\n    for row in x:\n        yield row  # (T, D)"
     ),
     "prose": "def f(x):\n    y = x  # (B, T, D)\n    z = 1  # (2) see below (A, b)",
+    "a variable": "def f(x):\n    beams = 2\n    y = x  # (beams, T, D)",
+    "with a variable": "def f(x):\n    n = 4\n    y = x  # (B, T, n+1)",
+    "no comma": "def f(x):\n    y = x[:, 0, 0]  # (B)",
     "each call anew": (
         "def f(x):\n    g(x)\n    g(x.mT)\ndef g(x):\n    return x * 1  # (B, T, D)"
     ),
@@ -211,7 +214,7 @@ LIES = {
         "def f(x):\n    y = x  # (B, T, D)\n    z = x[:, :1]  # (B, T/B, D)",
         "T/B is 3/2, not 1",
     ),
-    "unbound": ("def f(x):\n    y = x  # (B, T, H/G)", "H has no size yet in H/G"),
+    "unbound": ("def f(x):\n    y = x  # (B, T, H/G)", "G has no size yet in H/G"),
     "second target": (
         "def f(x):\n    a, b = x, x.mT  # (B, T, D)",
         "T is 3, not 5",
@@ -226,6 +229,12 @@ LIES = {
     "loop": ("def f(x):\n    for row in x:  # (B, T, D)\n        pass", "for 3"),
     "condition": ("def f(x):\n    y = x  # (B, T, D), T >= D", "T >= D does not hold"),
     "equality": ("def f(x):\n    y = x  # (B, T, D), T = 1", "T == 1 does not hold"),
+    "a variable": (
+        "def f(x):\n    n = 4\n    y = x  # (B, T, n)",
+        r"n is 4, not 5 \(B = 2, T = 3, n = 4\)",
+    ),
+    "no variable": ("def f(x):\n    y = x  # (B, T, n)", "n has no size yet in n"),
+    "no comma": ("def f(x):\n    y = x  # (B)", "3 dimensions for 1"),
     "no tensor": ("def f(x):\n    y = 3  # (B,)", "a int, no tensor"),
     "none": ("def f(x):\n    y = None  # (B, T)", "a NoneType, no tensor"),
     "variable first": (
@@ -287,7 +296,7 @@ def test_an_unexecuted_comment_is_named():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("y = x  # (B, T, dim)", "cannot be read as a shape"),
+        ("y = x  # (B, T, d.im)", "cannot be read as a shape"),
         ("y = x  # (B, 2K)", "cannot be read as a shape"),
         ("y = x  # (B, T) -> (B, D)", "write the resulting shape alone"),
         ("assert x is x  # (B, T)", "stands at no single assignment"),
