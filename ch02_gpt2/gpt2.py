@@ -17,6 +17,26 @@ Letters: B batch, T positions in this call, V vocabulary, D model width, H heads
 K head width (H·K = D), F feed-forward width, L layers.
 
 Lineage: from ch01_transformer/transformer.py
+    changed: Config Config.__post_init__ Config.from_hf Config.to_hf HF_CONFIG TINY
+        Attention Attention.__init__ Attention.forward FeedForward FeedForward.__init__
+        FeedForward.forward Transformer Transformer.__init__ Transformer.finalise
+        Transformer.reset_parameters Transformer.forward HF_MODULES HF_NAMES REDUNDANT
+        STAGES canonical to_ours to_theirs Tokenizer byte_tokenizer load_tokenizer
+        Batches Batches.__init__ Batches.batch Batches.all Recipe Recipe.__post_init__
+        learning_rate make_optimizer loss count_tokens to_device small_config reference
+        reference_inputs verify_inputs open_data choose report example DEFAULT_DATA demo
+        parser add_train
+    new: GPT2_124M GPT2_355M GPT2_774M GPT2_1558M Block Transformer.hidden sample stream
+        generate GPT2_PATTERN END_OF_TEXT split_words train_bpe merge encode_bpe
+        read_ranks write_ranks ranks_from_merges bpe_tokenizer json_tokenizer
+        split_documents Batches._order default_tokenizer stream_text run_generate
+        add_generate
+    dropped: ACTIVATIONS TRANSFORMER_BASE sinusoids Attention.weights EncoderBlock
+        DecoderBlock Transformer.embedded Transformer.encode Transformer.decode
+        Transformer.logits new_token_limit greedy beam_search marian_tokenizer
+        train_tokenizer read_pairs split_pairs Batches.cut Batches._plan Batches.collate
+        PAPER RECIPES translate evaluate evaluation_sets show_evaluation fit_vocabulary
+        EXAMPLE run_translate sentences_from run_evaluate add_translate
 """
 
 from __future__ import annotations
