@@ -20,7 +20,9 @@ LONGEST_CELL = 15  # lines of code; STYLE asks for about 12
 FIGURES, EXERCISES = 4, 3
 METADATA = {"kernelspec", "language_info"}
 CELL_METADATA = {"tags"}
-PATHS = re.compile(r"/home/|/Users/|/root/|/work/|[A-Z]:\\\\?Users|/tmp/")
+PATHS = re.compile(
+    r"/home/|/Users/|/root/|/tmp/|[A-Z]:\\\\?Users|" + re.escape(ROOT.as_posix() + "/")
+)
 
 
 def text_of(part):

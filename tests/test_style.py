@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""Layout, lint and the few rules of form that a machine can hold."""
+
+import ast
+import io
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+from chapters import ROOT, banner_line, discover
+
+MOST_LINES = 700  # of code above the banner
+TEXT = {".py", ".md", ".txt", ".tsv", ".csv", ".json", ".ipynb", ".toml", ".yml"}
+TEXT |= {".tiktoken", ""}
+
+
+def tracked():
+    """The files of the repository: git's, or without git all visible ones."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    if done.returncode == 0:
+        names = done.stdout.decode("utf-8").split("\0")
+    else:
+        paths = (path.relative_to(ROOT) for path in ROOT.rglob("*"))
+        hidden = ("__pycache__", "out")
+        names = [
+            path.as_posix()
+            for path in paths
+            if not any(p.startswith(".") or p in hidden for p in path.parts)
+        ]
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+FILES = tracked()
+PYTHON = [path for path in FILES if path.suffix == ".py"]
+
+
+@pytest.mark.parametrize("command", [["format", "--diff"], ["check"]], ids=" ".join)
+def test_ruff_has_nothing_to_say(command):
+    ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
+    done = subprocess.run(ruff, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_python_file_names_its_licence_first():
+    first = "# SPDX-License-Identifier: MIT"
+    lines = {path: path.read_text(encoding="utf-8").split("\n")[0] for path in PYTHON}
+    wrong = [path.name for path, line in lines.items() if line != first]
+    assert PYTHON and not wrong, f"without {first!r} as the first line: {wrong}"
+
+
+def test_text_files_are_utf8_with_unix_line_ends():
+    wrong = [path.name for path in FILES if path.suffix in TEXT and not is_plain(path)]
+    assert FILES and not wrong, f"not UTF-8, or with carriage returns: {wrong}"
+
+
+def is_plain(path):
+    content = path.read_bytes()
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return b"\r\n" not in content
+
+
+def code_lines(source):
+    """Lines with code: no blank ones, comments or docstrings."""
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING):
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                lines -= set(range(value.lineno, value.end_lineno + 1))
+    return lines
+
+
+@pytest.mark.parametrize("chapter", discover(), ids=str)
+def test_the_model_stays_short(chapter):
+    cut = banner_line(chapter.source)
+    assert cut <= len(chapter.source.splitlines()), (
+        f"{chapter.path} has no comment '# running the chapter' below its model"
+    )
+    count = sum(line < cut for line in code_lines(chapter.source))
+    assert count <= MOST_LINES, f"{chapter.path}: {count} lines above the banner"
+
+
+def test_lines_of_code_are_counted(tmp_path):
+    source = (
+        '"""Doc.\n\nMore."""\n\nx = (\n    1,  # one\n)\n# no\ndef f():\n    "Doc."\n'
+    )
+    assert code_lines(source) == {5, 6, 7, 9}
+
+
+def test_carriage_returns_and_other_encodings_are_seen(tmp_path):
+    for content, plain in ((b"a\n", True), (b"a\r\n", False), (b"\xff", False)):
+        path = Path(tmp_path / "a.txt")
+        path.write_bytes(content)
+        assert is_plain(path) == plain
