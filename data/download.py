@@ -347,8 +347,8 @@ def convert_gguf(path: Path, folder: Path) -> None:
     Face. Raises `DownloadError` for another architecture or an unknown tokenizer.
 
     float16 takes the 4-bit weights (a half-precision scale times 0..15, plus a
-    half-precision offset) with a relative error seven times below bfloat16's in the
-    same bytes; data/README.md has the measurement."""
+    half-precision offset) several times more closely than bfloat16 does in the same
+    bytes; data/README.md has the measurement."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
