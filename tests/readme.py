@@ -409,16 +409,17 @@ def copy_tree(target: Path, root: Path = ROOT) -> Path:
 
 
 def run_all(root: Path = ROOT) -> int:
-    """Runs every command of every README in a copy of the repository."""
-    wrong = []
+    """Runs every command of every README, each once, in a copy of the repository."""
+    wrong, seen = [], set()
     with tempfile.TemporaryDirectory() as folder:
         tree = copy_tree(Path(folder) / "tree", root)
-        seen = set()
         for path in readmes(root):
             for command in commands(path.read_text(encoding="utf-8")):
-                if command.text in seen or is_setup(command, root):
+                words = split(recipe(command, root) or command.text)
+                same = ("python" if is_python(words[0]) else words[0], *words[1:])
+                if same in seen or is_setup(command, root):
                     continue
-                seen.add(command.text)
+                seen.add(same)
                 print(f"$ {command.text}", flush=True)
                 failure = run(command, tree)
                 if failure:

@@ -326,6 +326,29 @@ def test_make_targets_are_run_as_their_script(book):
     assert readme.is_setup(readme.Command(1, "make check-readme", False), ROOT)
 
 
+def test_all_commands_are_run_each_once(book, capsys):
+    (book / "a.py").write_text("print('ran')\n", encoding="utf-8")
+    text = """\
+    ```bash
+    git clone URL
+    make lab
+    make demo
+    python a.py
+    ```
+
+    ```powershell
+    .venv\\Scripts\\python a.py
+    ```
+    """
+    write(book, text)
+    assert readme.run_all(book) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines() == ["$ make demo", "1 commands ran"]
+    (book / "a.py").write_text("raise SystemExit('broken')\n", encoding="utf-8")
+    assert readme.run_all(book) == 1
+    assert "make demo: exit code 1\nbroken" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------
 # recorded results
 # ---------------------------------------------------------------------------
