@@ -14,8 +14,8 @@ and is written by `write`, never by hand. A figure or a csv in `results/` has to
 listed under `files` of such a record.
 
 A source is written `path`, `path::model` or `path::Name`, from the top of the
-repository. Of a Python file the hash covers the code: not comments, layout or
-docstrings. `path::model` is the part above the banner *running the chapter*, which is
+repository. Of a Python file the hash covers the code: not comments, docstrings or
+blank lines. `path::model` is the part above the banner *running the chapter*, which is
 the model; `path::Name` is one top-level definition with its methods. Of any other file
 the hash covers the bytes. Name what the numbers follow from, for a training run
 for instance
@@ -33,11 +33,13 @@ import argparse
 import ast
 import datetime
 import hashlib
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -84,14 +86,19 @@ def digest(source: str, root: Path = ROOT) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     text = path.read_text(encoding="utf-8")
     nodes = ast.parse(text).body
+    kept = range(1, len(text.splitlines()) + 1)
     if part == "model":
-        cut = banner_line(text)
-        nodes = [node for node in nodes if node.lineno < cut]
+        kept = range(1, banner_line(text))
     elif part:
         nodes = [node for node in nodes if part in defined(node)]
-        if not nodes:
-            raise ValueError(f"{name} has no top-level {part}")
-    return hashlib.sha256("\n".join(map(code, nodes)).encode()).hexdigest()
+        if len(nodes) != 1:
+            raise ValueError(f"{name} has {len(nodes)} top-level definitions of {part}")
+        decorators = getattr(nodes[0], "decorator_list", [])
+        first = min(n.lineno for n in [nodes[0], *decorators])
+        kept = range(first, nodes[0].end_lineno + 1)
+    lines = bare(text)
+    code = "\n".join(lines[n] for n in kept if lines[n])
+    return hashlib.sha256(code.encode("utf-8")).hexdigest()
 
 
 def defined(node: ast.stmt) -> set[str]:
@@ -101,13 +108,22 @@ def defined(node: ast.stmt) -> set[str]:
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
-def code(node: ast.stmt) -> str:
-    """The node as text without comments and docstrings, the same for every Python."""
-    for inner in ast.walk(node):
-        body = getattr(inner, "body", None)
+def bare(text: str) -> dict[int, str]:
+    """The lines by number, without comments and docstrings.
+
+    Not `ast.unparse`, which writes the same code otherwise in another Python.
+    """
+    lines = dict(enumerate(text.splitlines(), start=1))
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            line, column = token.start
+            lines[line] = lines[line][:column]
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
         if isinstance(body, list) and body and is_text(body[0]):
-            body[0] = ast.Pass()
-    return "" if is_text(node) else ast.unparse(node)
+            for number in range(body[0].lineno, body[0].end_lineno + 1):
+                lines[number] = ""
+    return {number: line.rstrip() for number, line in lines.items()}
 
 
 def is_text(node: ast.AST) -> bool:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Every number in a README comes from somewhere, and every command works."""
 
+import hashlib
 import json
 import re
 import textwrap
@@ -383,6 +384,18 @@ def test_a_record_is_current_until_its_sources_change(book):
     assert "data.txt; run again" in found
 
 
+def test_the_hash_is_the_same_on_every_python(tmp_path):
+    function = (
+        '@cache\ndef f(x):\n    """Doc."""\n    return f"{x[0]!r:>{x[1]}}"  # c\n'
+    )
+    text = f'"""Doc."""\n\n{function}'
+    (tmp_path / "a.py").write_text(text, encoding="utf-8")
+    lines = '@cache\ndef f(x):\n    return f"{x[0]!r:>{x[1]}}"'
+    expected = hashlib.sha256(lines.encode()).hexdigest()
+    assert results.digest("a.py", tmp_path) == expected
+    assert results.digest("a.py::f", tmp_path) == expected
+
+
 def test_a_single_definition_can_be_a_source(book):
     source = script(book).relative_to(book).as_posix()
     record(book, sources=[f"{source}::talk", f"{source}::SIZE"])
@@ -392,7 +405,7 @@ def test_a_single_definition_can_be_a_source(book):
     assert "::talk" in results.problems(book)[0]
     edit(script(book), "def talk", "def chat")
     assert "::talk" in results.problems(book)[0]
-    with pytest.raises(ValueError, match="has no top-level gone"):
+    with pytest.raises(ValueError, match="has 0 top-level definitions of gone"):
         record(book, sources=[f"{source}::gone"])
     with pytest.raises(ValueError, match="at least one source"):
         record(book, sources=[])

@@ -3,9 +3,11 @@
 
 import ast
 import io
+import re
 import subprocess
 import sys
 import tokenize
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,49 @@ def test_ruff_has_nothing_to_say(command):
     ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
     done = subprocess.run(ruff, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def requirements():
+    """The pinned version of each package; every line says what needs it."""
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    found = [re.fullmatch(r"([\w.-]+)==([\w.]+) +# (\S.*)", line) for line in lines]
+    assert all(found), f"not 'name==version  # what needs it': {lines}"
+    return {canonical(match[1]): match[2] for match in found}
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_pinned_versions_are_installed():
+    installed = {name: metadata.version(name) for name in requirements()}
+    bare = {name: version.partition("+")[0] for name, version in installed.items()}
+    assert bare == requirements(), "run: pip install -r requirements.txt"
+
+
+def test_every_imported_package_is_pinned():
+    own = {path.stem for path in PYTHON}
+    owners = metadata.packages_distributions()
+    brought = {"ipython", "nbformat", "nbclient", "ipykernel"}  # by jupyter and nbval
+    wrong = set()
+    for path in PYTHON:
+        for name in imports(path.read_text(encoding="utf-8")):
+            if name in sys.stdlib_module_names or name in own:
+                continue
+            dists = {canonical(dist) for dist in owners.get(name, [name])}
+            if not dists & (requirements().keys() | brought):
+                wrong.add(f"{path.name} imports {name}")
+    assert not wrong, f"not in requirements.txt: {sorted(wrong)}"
+
+
+def imports(source):
+    """The top-level names of all modules that a file imports anywhere."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
 
 
 def test_every_python_file_names_its_licence_first():
