@@ -32,12 +32,13 @@ import os
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 END = "<|endoftext|>"
-N_STORIES = 4600
+N_STORIES = 4550
 SEED = 2024
 MAX_NAMES, MAX_THINGS = 3, 2
 
@@ -93,7 +94,8 @@ class Character:
         self.ran = RAN.get(self.kind, "ran")
         self.trait = trait
         self.is_child = self.kind in ("girl", "boy")
-        self.new = self.name  # how a friend is first named; set by Story.meet
+        # How a friend is first named; Story.meet chooses.
+        self.new = self.friend = f"{self.name} the {self.kind}"
 
     def __format__(self, spec: str) -> str:
         return self.name
@@ -264,15 +266,14 @@ One Monday after breakfast
 
 @functools.cache
 def alternatives(block: str) -> tuple[str, ...]:
-    """The items of a list written with leading dashes; a block without one is one
-    item."""
+    """The items of a list written with leading dashes."""
     items = re.split(r"^\s*- ", block, flags=re.M)
     return tuple(" ".join(item.split()) for item in items if item.strip())
 
 
 def a_or_an(text: str) -> str:
-    """Templates write `a` throughout; before a vowel sound it becomes `an`."""
-    return re.sub(r"\b([Aa]) (?=(?!one|use|uni)[aeio]|u[mnp])", r"\1n ", text)
+    """Templates write `a` before a slot; before a vowel sound it becomes `an`."""
+    return re.sub(r"\b([Aa]) (?=(?!one\b|use|uni)[aeiou])", r"\1n ", text)
 
 
 class Story:
@@ -284,6 +285,7 @@ class Story:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
+        self.plot = ""
         self.cast: list[Character] = []
         self.things: list[Thing] = []
         self.places: list[Place] = []
@@ -291,14 +293,14 @@ class Story:
         self.slots: dict[str, object] = {}
         self.paragraphs: list[list[str]] = [[]]
 
-    def pick(self, options):
+    def pick(self, options: Sequence) -> Any:
         """One of a sequence; only `random()` is drawn, see the module's docstring."""
         return options[int(self.rng.random() * len(options))]
 
     def chance(self, p: float) -> bool:
         return self.rng.random() < p
 
-    def shuffled(self, items) -> list:
+    def shuffled(self, items: Iterable) -> list:
         items, out = list(items), []
         while items:
             out.append(items.pop(int(self.rng.random() * len(items))))
@@ -307,8 +309,7 @@ class Story:
     def hero(
         self, *, child: bool = False, lacks: str = "", traits: str = ""
     ) -> Character:
-        """Cast `{h}`: a child in two stories of three; `lacks` names unwanted
-        skills."""
+        """Cast `{h}`, more often a child; `lacks` names the skills not wanted."""
         child = child or self.chance(0.6)
         rows = [
             row
@@ -342,15 +343,13 @@ class Story:
             forms = [
                 f"a {who.kind} named {who.name}",
                 f"a {who.trait} {who.kind} called {who.name}",
-                f"{hero.his} friend {who.name}",
-                f"{hero.his} friend {who.name}",
             ]
+            forms += [f"{hero.his} friend {who.name}"] * 2
         else:
             forms = [f"{who.name} the {who.kind}"] * 3
             forms.append(f"a {who.trait} {who.kind} named {who.name}")
             forms.append(f"{hero.his} friend {who.name} the {who.kind}")
         who.new = self.pick(forms)
-        who.friend = f"{who.name} the {who.kind}"
         if who.is_child:
             who.friend = f"{hero.his} friend {who.name}"
         self.cast.append(who)
@@ -408,11 +407,9 @@ class Story:
     # Sub-goals that many plots share.
 
     def open(self, weather: str = "sunny windy cloudy fresh cold") -> None:
-        """Introduce the hero, at or near `{p}`; `weather` lists what the plot
-        allows."""
+        """Introduce `{h}` at or near `{p}`; `weather` is what the plot allows."""
         self.say(OPENINGS, day=self.pick(DAYS))
-        self.weather = self.pick(weather.split())
-        self.may(WEATHER[self.weather], 0.55)
+        self.may(WEATHER[self.pick(weather.split())], 0.55)
 
     def own(self) -> None:
         """Say that `{t}` is the hero's."""
@@ -885,12 +882,24 @@ def fear(s: Story) -> None:
     - "Stay close to me," said {f}, and they went [slowly|step by step] towards the
       sound.
     """)
-    s.say("""
-    - They [tiptoed|crept] closer and closer, and what did they see? It was only
-      {source}!
-    - {f} [pointed|peeped around the corner]. "Look," {f.he} said. "It is {source}."
-    - There was no monster at all. It was just {source}.
-    """)
+    if s.chance(0.5):
+        s.thing(nouns="lantern")
+        s.say("""
+        - {f} [lit|fetched] a {t.full}, so that they could see the path.
+        - They took a {t.full} and held it [high|up high].
+        """)
+        s.say("""
+        - In the light of the {t}, they saw {source}. That was all!
+        - {f} lifted the {t} and [laughed|smiled]. It was only {source}!
+        - The {t} lit up every corner, and there it was: {source}.
+        """)
+    else:
+        s.say("""
+        - They [tiptoed|crept] closer and closer, and what did they see? It was only
+          {source}!
+        - {f} [pointed|peeped around the corner]. "Look," {f.he} said. "It is {source}."
+        - There was no monster at all. It was just {source}.
+        """)
     s.para()
     s.say("""
     - {h} [laughed|giggled] until {h.his} [sides|tummy] hurt.
@@ -943,12 +952,14 @@ GATHER = (
 @plot
 def gift(s: Story) -> None:
     """A present is made from parts; a missing part comes from someone who has it."""
-    s.hero()
+    h = s.hero()
     s.meet(sort="child") if s.chance(0.5) else s.meet()
     gift = s.pick(list(GIFTS))
     parts, made = GIFTS[gift]
     s.slots.update(x=gift, the_x=gift.replace("a ", "the ", 1), made=made)
     parts = s.shuffled(pair.split(":") for pair in parts.split())
+    if s.chance(0.4):
+        s.thing(nouns="basket")
     used = [place for _, place in parts]
     s.place(nouns=" ".join(n for n in PLACES if n not in used))
     s.open()
@@ -958,6 +969,17 @@ def gift(s: Story) -> None:
     - {h} wanted to surprise {f.friend} with {x}.
     """)
     s.para()
+    if s.things:
+        s.say(
+            """
+        - {h} took a {t.full} and set off.
+        - {h} hung {h.his} {t.full} over one arm and went to look for everything.
+        """
+            if h.is_child
+            else """
+        - {h} took a {t.full} and set off.
+        """
+        )
     missing = s.chance(0.4)
     for i, (part, where) in enumerate(parts):
         s.slots["part"], place = part, s.place("q", where)
@@ -978,6 +1000,11 @@ def gift(s: Story) -> None:
             s.say(GATHER[i])
             s.fact("got", part, place.noun)
     s.para()
+    if s.things:
+        s.say("""
+        - Now the {t} was full, and {h} went home.
+        - {h} carried the [full|heavy] {t} home.
+        """)
     s.say("""
     - {h} worked [all afternoon|until the evening|very hard], and at last {the_x} was
       ready.
@@ -1324,6 +1351,12 @@ def storm(s: Story) -> None:
     - Then the sky turned [black|as dark as ink], and big drops began to fall.
     - A flash of lightning lit the sky. [Boom|Crack]! Then it [poured|rained] hard.
     """)
+    if s.chance(0.4):
+        s.thing(nouns="umbrella")
+        s.say("""
+        - {h} opened {h.his} {t.full}, but the wind [turned it inside out|bent it].
+        - {h} had a {t.full}, but the storm was too strong for it.
+        """)
     s.say("""
     - {h} {h.ran} to {shelter} and [shook|wiped] the rain from {h.his} face.
     - {h} had to find [shelter|a dry place], and {h.he} found {shelter}.
@@ -1709,7 +1742,7 @@ def message(s: Story) -> None:
     else:
         s.may("""
         - {h} walked home [slowly|happily].
-        - {h.He} felt very grown up that day.
+        - {h} felt very grown up that day.
         """)
 
 
@@ -2414,10 +2447,17 @@ def picnic(s: Story) -> None:
     - {h} packed {fx}. {f} carried {fy}, and {o} arrived with {fz}.
     """)
     s.para()
-    s.say("""
-    - They [sat down|found a place] near {p.spot} and unpacked everything.
-    - They spread a cloth [on the ground|in the shade] and set out the food.
-    """)
+    if s.chance(0.5):
+        s.thing(nouns="blanket")
+        s.say("""
+        - They spread a {t.full} near {p.spot} and set out the food.
+        - {f} had thought of a {t.full}, and they all sat down on it.
+        """)
+    else:
+        s.say("""
+        - They [sat down|found a place] near {p.spot} and unpacked everything.
+        - They spread a cloth [on the ground|in the shade] and set out the food.
+        """)
     s.say(f"""
     - {trouble}!
     - {trouble}! "Oh no!" cried {{f}}.
@@ -2430,7 +2470,7 @@ def picnic(s: Story) -> None:
     cure = s.pick(cures)
     s.say(f"""
     - So they {cure}.
-    - {{h}} had an idea. They {cure}.
+    - At last {{h}} had an idea. They {cure}.
     """)
     s.para()
     s.say(
@@ -2445,6 +2485,11 @@ def picnic(s: Story) -> None:
     - The drops pattered on the leaves, and they sang along.
     """
     )
+    if s.things:
+        s.may("""
+        - Then they shook the {t} and folded it up.
+        - There were more crumbs on the {t} than on the ground.
+        """)
     s.say("""
     - "It was the funniest picnic ever," said {f}.
     - "Things do not have to be perfect to be fun," said {h}.
@@ -2666,18 +2711,25 @@ def errand(s: Story) -> None:
     """,
         day=s.pick(["One morning", "One day", "One Friday", "One market day"]),
     )
-    s.may(
-        """
-    - {h} held the coin tightly and walked down the lane.
-    - {h} was proud to go all alone.
-    - {h} took a bag and hopped from stone to stone.
-    """,
-        0.7,
-    )
+    if s.chance(0.4):
+        s.thing(nouns="basket")
+        s.say("""
+        - {h} took a {t.full} and walked down the lane.
+        - With a {t.full} in one hand and the coin in the other, {h} set off.
+        """)
+    else:
+        s.may(
+            """
+        - {h} held the coin tightly and walked down the lane.
+        - {h} was proud to go all alone.
+        - {h} took a bag and hopped from stone to stone.
+        """,
+            0.7,
+        )
     s.para()
     if end == "change":
         s.say("""
-        - The {y} weighed the {x} and counted out the change.
+        - The {y} handed over the {x} and counted out the change.
         - {h} paid, took the {x} and thanked the {y}.
         """)
         s.say("""
@@ -2748,10 +2800,19 @@ def errand(s: Story) -> None:
           back|stopping].
         - Then {h.he} ran on to the {y} and bought the {x}.
         """)
+    if s.things and end != "tempted":
+        s.may(
+            """
+        - Into the {t} went the {x}, and {h} walked home.
+        - {h} put the {x} into the {t} and hurried home.
+        """,
+            0.8,
+        )
     s.para()
     s.say("""
     - At home, {h.his} mother was [pleased|proud]. "I can trust you," she said.
-    - "You have done that well," said {h.his} father and [ruffled|stroked] {h.his} hair.
+    - "[Well done|You did that well]," said {h.his} father and [ruffled|stroked]
+      {h.his} hair.
     """)
     if end == "tempted":
         s.say("""
@@ -2775,9 +2836,10 @@ THING = re.compile(r"\b(" + "|".join(THINGS) + r")s?\b", re.I)
 LOOK_THING = re.compile(
     r"\b(" + "|".join(LOOKS) + r") (" + "|".join(THINGS) + r")\b", re.I
 )
+ANY_NAME, ANY_KIND = "|".join(NAMES), "|".join(KIND_WORDS)
 NAME_KIND = re.compile(
-    rf"\b(?P<n1>{'|'.join(NAMES)}) the (?P<k1>{'|'.join(KIND_WORDS)})\b"
-    rf"|\b(?P<k2>{'|'.join(KIND_WORDS)}) (?:named|called) (?P<n2>{'|'.join(NAMES)})\b"
+    rf"\b(?P<n1>{ANY_NAME}) the (?P<k1>{ANY_KIND})\b"
+    rf"|\b(?P<k2>{ANY_KIND}) (?:named|called) (?P<n2>{ANY_NAME})\b"
 )
 RELATIVES = re.compile(
     r"\b(?:(?:grand)?(?:mother|father)|uncle|aunt|sister|brother|man|men|woman|mum|dad|"
@@ -2806,13 +2868,13 @@ def faults(story: str) -> list[str]:
     - `stranger`: a name appears without an introduction (kind, "named", "friend X").
     - `no origin`: a tracked thing's first mention is "the …": nobody brought it.
     - `look`: one thing has two looks ("red ball", later "blue ball").
-    - `pronoun`: a pronoun of one gender while everybody named so far is of the other, and
-      nobody else who could be meant (a mother, a farmer) has been mentioned.
+    - `pronoun`: a pronoun of one gender while everybody named so far is of the other,
+      and nobody else who could be meant (a mother, a farmer) has been mentioned.
 
     What it cannot see: a swap of two characters or things that are both in the story,
-      an invented name or thing outside this world's lists, a pronoun in a story of
-      mixed genders, an event out of order, sense, grammar. An empty list is not a good
-      story.
+    an invented name or thing outside this world's lists, a pronoun after a girl and a
+    boy have both been named, an event out of order, sense, grammar. A story without
+    faults need not be a good one.
     """
     names = list(dict.fromkeys(NAME.findall(story)))
     things = list(dict.fromkeys(noun.lower() for noun in THING.findall(story)))

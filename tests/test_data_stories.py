@@ -244,8 +244,8 @@ def test_a_thing_keeps_its_look(told):
 CAN = {
     r"(?:flew|spread (?:his|her) wings)": "Kiki Olga",
     r"(?:swam|slid into the water|jumped in)": "Otto Tilly",
-    r"(?:climbed (?:quickly|nimbly|up and showed)|dug (?:his|her) claws)": "Felix Hazel",
-    r"(?:crawled (?!through|out)|squeezed into|slipped (?:into|through) a crack)": "Pip",
+    r"(?:climbed (?:quickly|nimbly|up and showed)|dug h\w\w claws)": "Felix Hazel",
+    r"(?:crawled (?!through|out)|squeezed into|slipped (?:in|through).* crack)": "Pip",
     r"dug (?:a (?!hole)|so )": "Milo",
     r"(?:rolled it away|leaned against the log|lifted the stone, and)": "Bruno Bella",
     r"(?:put (?:his|her) nose to|sniffed (?:the|at))": "Rex",
