@@ -297,7 +297,8 @@ class Transformer(nn.Module):
 
     def finalise(self) -> None:
         """Compute the table of positions, which no checkpoint needs to hold."""
-        table = sinusoids(self.config.max_seq_len, self.config.dim)
+        # In float32 first, as Marian has it: in float64 too the models are then equal.
+        table = sinusoids(self.config.max_seq_len, self.config.dim).float()
         weight = self.embed.weight
         table = table.to(weight.device, weight.dtype)
         self.register_buffer("positions", table, persistent=False)
