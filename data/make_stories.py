@@ -824,8 +824,8 @@ def sharing(s: Story) -> None:
     - The next day, {h} went to {f}. "[I am sorry|Please forgive me]," {h.he} said.
     """)
     s.say("""
-    - {h} had brought two [plums|rolls|eggs], one for each of them. {f} smiled again.
-    - "Here is a [warm|fresh] [roll|bread roll]. It is all for you," {h} said. {f} broke
+    - {h} gave {f} [a plum|a roll|an egg], and {f} smiled again.
+    - "Here is a [roll|bread roll]. It is all for you," {h} said. {f} broke
       it in two and gave {h} half.
     """)
     s.may(
@@ -1283,8 +1283,7 @@ def hide_and_seek(s: Story) -> None:
     s.say("""
     - {h} closed {h.his} eyes and counted to [ten|twenty|thirty]. "Ready or not, here I
       come!"
-    - {h} leaned against {p.spot} and counted [slowly|aloud|backwards] from
-      [ten|twenty].
+    - {h} covered both eyes and counted [slowly|aloud|backwards] from [ten|twenty].
     """)
     s.para()
     s.say("""
@@ -1630,7 +1629,7 @@ def learning(s: Story) -> None:
     """)
     s.say(f"""
     - "{trick}," {{f.he}} [said|explained|told {{h.him}}].
-    - {{f.He}} [thought for a moment|smiled]. "{trick}," {{f.he}} said.
+    - {{f}} [thought for a moment|came closer]. "{trick}," {{f.he}} said.
     """)
     s.say("""
     - {h} practised [every day|each morning|day after day] for a [week|fortnight].
