@@ -33,11 +33,13 @@ import signal
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -540,12 +542,8 @@ def find_folder(source: str | Path) -> Path:
         or Path(source).is_absolute()
     ):
         raise FileNotFoundError(f"{source} is no folder with a model")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ModuleNotFoundError(
-            f"no folder {source}; to fetch it from the hub: pip install huggingface_hub"
-        ) from None
+    from huggingface_hub import snapshot_download
+
     wanted = ["*.json", "*.safetensors", "*.bin", "*.spm", "*.model", "*.tiktoken"]
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted))
@@ -577,8 +575,10 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(read_json(index)["weight_map"].values()))
-        for shard in shards:
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} holds no weight_map")
+        for shard in sorted(set(shards.values())):
             yield from read_safetensors(folder / shard)
     elif (folder / "model.safetensors").exists():
         yield from read_safetensors(folder / "model.safetensors")
@@ -586,6 +586,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         path = folder / "pytorch_model.bin"
         state = read_torch(path)
         for name in list(state):
+            if not isinstance(state[name], Tensor):
+                raise ValueError(f"{path}: {name} is no tensor")
             yield name, state.pop(name)
     else:
         raise FileNotFoundError(
@@ -595,12 +597,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Every (name, tensor) of one safetensors file."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ModuleNotFoundError(
-            f"to read {path.name}: pip install safetensors"
-        ) from None
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
@@ -614,12 +612,15 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def read_torch(path: Path) -> dict:
     """What `torch.save` wrote to `path`; nothing in it is executed."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # zip, pickle and tensor errors have no common base
         reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
         raise ValueError(f"{path} is damaged or cut short: {reason}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no table of tensors")
+    return found
 
 
 def write_checkpoint(
@@ -795,12 +796,8 @@ def marian_tokenizer(files: dict[str, bytes]) -> Tokenizer:
 
     SentencePiece cuts text into pieces; `vocab.json` gives every piece its id.
     """
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        raise ModuleNotFoundError(
-            "this vocabulary needs the sentencepiece package: pip install sentencepiece"
-        ) from None
+    from sentencepiece import SentencePieceProcessor
+
     try:
         vocabulary = json.loads(files["vocab.json"])
         source = SentencePieceProcessor(model_proto=files["source.spm"])
@@ -1030,6 +1027,8 @@ class Recipe:
                 )
         if not self.lr > 0:
             raise ValueError(f"lr is {self.lr}; it must be positive")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must lie in [0, 2**32)")
         if self.schedule not in ("cosine", "inverse_sqrt"):
             raise ValueError(f"schedule {self.schedule!r}: cosine or inverse_sqrt")
 
@@ -1167,7 +1166,15 @@ class Training:
         return self.log[-1]
 
     def save(self, out: Path, tokenizer: Tokenizer) -> None:
-        """The checkpoint, the log, the curves, and the model in published format."""
+        """The checkpoint, the log, the curves, and the model in published format.
+
+        Raises FloatingPointError, and writes nothing, when a weight is not finite.
+        """
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+            raise FloatingPointError(
+                f"step {self.step}: a weight is not finite; "
+                f"last good checkpoint: {self.saved}; a lower --lr may help"
+            )
         state = {
             "config": asdict(self.model.config),
             "recipe": asdict(self.recipe),
@@ -1199,6 +1206,7 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.log = state["step"], state["log"]
+        self.saved = f"the resumed one, step {self.step}"
         torch.set_rng_state(state["random"])
         if state["random_cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["random_cuda"])
@@ -1211,7 +1219,7 @@ def to_device(batch: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, 
 
 def fingerprint(data: Batches) -> str:
     """A hash of the training stream, by which a resumed run knows its data."""
-    return hashlib.sha256(data.stream.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(array("q", data.stream.tolist())).hexdigest()
 
 
 @torch.no_grad()
@@ -1357,10 +1365,10 @@ def train(
                     f"step {training.step:5} of {recipe.steps}  "
                     f"loss {row['loss']:.3f}  held out {row['held_out']:.3f}"
                 )
-                if on_eval is not None:
-                    say(f"    {on_eval(training.model)}")
                 if out is not None:
                     training.save(out, tokenizer)
+                if on_eval is not None:
+                    say(f"    {on_eval(training.model)}")
             stopped = training.step < recipe.steps
             if stopped and out is not None:
                 training.save(out, tokenizer)
@@ -1621,12 +1629,8 @@ def evaluate(
 
     BLEU splits off every Unicode punctuation mark, the danda too (tokenisation "intl").
     """
-    try:
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError:
-        raise ModuleNotFoundError(
-            "BLEU and chrF need the sacrebleu package: pip install sacrebleu"
-        ) from None
+    from sacrebleu.metrics import BLEU, CHRF
+
     found = translate(model, tokenizer, [pair[0] for pair in pairs], beams=beams)
     wanted = [pair[1] for pair in pairs]
     same = sum(a == b for a, b in zip(found, wanted, strict=True))
@@ -1683,13 +1687,14 @@ def presets() -> dict[str, Config]:
 
 def choose(args: argparse.Namespace) -> tuple[Config, Recipe, Tokenizer]:
     """What a new run uses, from the flags."""
-    recipe = replace(RECIPES[args.recipe or args.preset], **asked_settings(args))
+    preset = args.preset or "TINY"
+    recipe = replace(RECIPES[args.recipe or preset], **asked_settings(args))
     if args.init is not None:
         folder = find_folder(args.init)
         config = Config.from_hf(read_json(folder / "config.json"))
         tokenizer = load_tokenizer(folder)
     else:
-        config = presets()[args.preset]
+        config = presets()[preset]
         pairs = split_pairs(Path(args.data or DEFAULT_DATA))[0]
         tokenizer = train_tokenizer(pairs, config.vocab_size)
         config = fit_vocabulary(config, tokenizer)
@@ -1721,11 +1726,16 @@ def resume(args: argparse.Namespace) -> tuple[dict, Config, Recipe, Tokenizer]:
     if not checkpoint.exists():
         raise FileNotFoundError(f"nothing to resume: no {checkpoint}")
     state, asked = read_torch(checkpoint), asked_settings(args)
-    if extra := asked.keys() - {"steps"}:
+    kinds = ("preset", "recipe", "tokenizer", "init")
+    fixed = {kind for kind in kinds if getattr(args, kind, None) is not None}
+    if extra := asked.keys() - {"steps"} | fixed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(extra))
         raise ValueError(f"a resumed run keeps its settings; leave out {flags}")
-    recipe = replace(Recipe(**state["recipe"]), **asked)
-    return state, Config(**state["config"]), recipe, load_tokenizer(args.out)
+    try:
+        config, recipe = Config(**state["config"]), Recipe(**state["recipe"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint} is of another version: {error}") from None
+    return state, config, replace(recipe, **asked), load_tokenizer(args.out)
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -1737,16 +1747,17 @@ def run_train(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{out} holds a run: --resume goes on with it; or another --out"
         )
+    elif out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
     else:
         config, recipe, tokenizer = choose(args)
     data = Path(args.data or (state or {}).get("source") or DEFAULT_DATA)
     batches, held_out = open_data(data, tokenizer, config, recipe)
     torch.manual_seed(recipe.seed)
-    device = torch.device(args.device)
-    if args.init is not None and state is None:
-        model = Transformer.from_pretrained(args.init, device=device)
-    else:
-        model = Transformer(config).to(device)
+    device = open_device(args.device)
+    model = Transformer(config).to(device)
+    if args.init is not None:
+        load_tensors(model, read_tensors(find_folder(args.init)), device=device)
     check_vocabulary(model, tokenizer)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     training = Training(
@@ -1754,6 +1765,7 @@ def run_train(args: argparse.Namespace) -> int:
     )
     if state is not None:
         training.restore(state)
+    out.mkdir(parents=True, exist_ok=True)  # where it cannot be, say so before training
     count = sum(parameter.numel() for parameter in model.parameters())
     say(f"{count:,} parameters, {recipe.steps} steps on {device.type}, data {data}")
     if training.step >= recipe.steps:
@@ -1884,9 +1896,7 @@ def demo(json_path: str | None = None) -> dict:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(
-        prog=HERE.name, description=(__doc__ or "").split("\n")[0]
-    )
+    root = CommandLine(prog=HERE.name, description=(__doc__ or "").split("\n")[0])
     root.set_defaults(run=lambda args: demo(getattr(args, "json", None)) and 0)
     commands = root.add_subparsers(title="commands", metavar="")
     show = commands.add_parser("demo", help="what `python %(prog)s` alone does")
@@ -1919,7 +1929,7 @@ def parser() -> argparse.ArgumentParser:
 def add_train(command: argparse.ArgumentParser) -> None:
     """The flags of `train`; those of the recipe are taken from its fields."""
     command.add_argument("--data", metavar="FILE", help=f"default: {DEFAULT_DATA.name}")
-    command.add_argument("--preset", default="TINY", choices=sorted(presets()))
+    command.add_argument("--preset", choices=sorted(presets()), help="default: TINY")
     command.add_argument(
         "--recipe", choices=sorted(RECIPES), help="default: the preset's"
     )
@@ -1958,6 +1968,22 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def open_device(name: str) -> torch.device:
+    """The device of that name; raises ValueError where torch cannot use it."""
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # it asserts that CUDA was built in
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake ends in one line on stderr and exit code 2."""
     for stream_ in (sys.stdout, sys.stderr):
@@ -1966,12 +1992,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"{HERE.name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except ModuleNotFoundError as error:
+        reason = f"this needs a package that is not here: pip install {error.name}"
+    except (ValueError, OSError, FloatingPointError) as error:
+        reason = " ".join(str(error).split())
     except KeyboardInterrupt:
         print(f"{HERE.name}: interrupted", file=sys.stderr)
         return 130
+    print(f"{HERE.name}: {reason}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

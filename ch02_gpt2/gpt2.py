@@ -46,6 +46,7 @@ import base64
 import csv
 import hashlib
 import heapq
+import itertools
 import json
 import math
 import os
@@ -53,12 +54,14 @@ import signal
 import sys
 import threading
 import time
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -82,11 +85,11 @@ class Config:
     eos_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_seq_len", "dim", "n_layers", "n_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be positive"
-                )
+        sizes = ("vocab_size", "max_seq_len", "dim", "n_layers", "n_heads", "ffn_dim")
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a positive integer")
         if self.dim % self.n_heads:
             raise ValueError(
                 f"dim {self.dim} is not a multiple of n_heads {self.n_heads}"
@@ -107,8 +110,11 @@ class Config:
             raise ValueError(f"GPT-2 uses the tanh GELU; this one uses {activation!r}")
         if hf.get("scale_attn_by_inverse_layer_idx"):
             raise ValueError("scale_attn_by_inverse_layer_idx is not GPT-2's attention")
-        if missing := {"vocab_size", "n_embd", "n_layer", "n_head"} - hf.keys():
-            raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
+        if not hf.get("scale_attn_weights", True):
+            raise ValueError("scale_attn_weights false is not GPT-2's attention")
+        needed = ("vocab_size", "n_embd", "n_layer", "n_head")
+        if missing := [name for name in needed if hf.get(name) is None]:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
         hf = {"n_positions": hf.get("n_ctx", 1024)} | hf  # as old files spell it
         known = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items() if theirs in hf}
         return cls(**known | {"ffn_dim": hf.get("n_inner") or 4 * hf["n_embd"]})
@@ -489,12 +495,8 @@ def find_folder(source: str | Path) -> Path:
         or Path(source).is_absolute()
     ):
         raise FileNotFoundError(f"{source} is no folder with a model")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ModuleNotFoundError(
-            f"no folder {source}; to fetch it from the hub: pip install huggingface_hub"
-        ) from None
+    from huggingface_hub import snapshot_download
+
     wanted = ["*.json", "*.safetensors", "*.bin", "*.spm", "*.model", "*.tiktoken"]
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted))
@@ -526,8 +528,10 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(read_json(index)["weight_map"].values()))
-        for shard in shards:
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} holds no weight_map")
+        for shard in sorted(set(shards.values())):
             yield from read_safetensors(folder / shard)
     elif (folder / "model.safetensors").exists():
         yield from read_safetensors(folder / "model.safetensors")
@@ -535,6 +539,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         path = folder / "pytorch_model.bin"
         state = read_torch(path)
         for name in list(state):
+            if not isinstance(state[name], Tensor):
+                raise ValueError(f"{path}: {name} is no tensor")
             yield name, state.pop(name)
     else:
         raise FileNotFoundError(
@@ -544,12 +550,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Every (name, tensor) of one safetensors file."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ModuleNotFoundError(
-            f"to read {path.name}: pip install safetensors"
-        ) from None
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
@@ -563,12 +565,15 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def read_torch(path: Path) -> dict:
     """What `torch.save` wrote to `path`; nothing in it is executed."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # zip, pickle and tensor errors have no common base
         reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
         raise ValueError(f"{path} is damaged or cut short: {reason}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no table of tensors")
+    return found
 
 
 def write_checkpoint(
@@ -618,7 +623,7 @@ def sample(
     Temperature 0 takes the likeliest. `top_k` keeps exactly k tokens, also under ties;
     `top_p` keeps the fewest whose probabilities reach p (arXiv:1904.09751 §3.1).
     """
-    if temperature < 0 or (top_k is not None and top_k < 1):
+    if not temperature >= 0 or (top_k is not None and top_k < 1):
         raise ValueError(
             f"temperature {temperature} and top_k {top_k}: need >= 0, >= 1"
         )
@@ -719,12 +724,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 def split_words(text: str) -> Iterator[bytes]:
     """The pieces of `text` that byte-pair merges never cross, as UTF-8 bytes."""
-    try:
-        import regex
-    except ImportError:
-        raise ModuleNotFoundError(
-            "splitting text into words needs the regex package: pip install regex"
-        ) from None
+    import regex
+
     for match in regex.finditer(GPT2_PATTERN, text):
         yield match.group().encode("utf-8")
 
@@ -870,12 +871,8 @@ def byte_tokenizer() -> Tokenizer:
 
 def bpe_tokenizer(ranks: dict[bytes, int], files: dict[str, bytes]) -> Tokenizer:
     """A fast encoder (tiktoken's) over `ranks`; the next id ends a text."""
-    try:
-        import tiktoken
-    except ImportError:
-        raise ModuleNotFoundError(
-            "this vocabulary needs the tiktoken package: pip install tiktoken"
-        ) from None
+    import tiktoken
+
     encoding = tiktoken.Encoding(
         "ranks",
         pat_str=GPT2_PATTERN,
@@ -893,12 +890,8 @@ def bpe_tokenizer(ranks: dict[bytes, int], files: dict[str, bytes]) -> Tokenizer
 
 def json_tokenizer(path: Path) -> Tokenizer:
     """A Hugging Face `tokenizer.json`."""
-    try:
-        from tokenizers import Tokenizer as Reader
-    except ImportError:
-        raise ModuleNotFoundError(
-            f"{path.name} needs the tokenizers package: pip install tokenizers"
-        ) from None
+    from tokenizers import Tokenizer as Reader
+
     try:
         reader = Reader.from_file(str(path))
     except Exception as error:  # the package raises bare Exceptions
@@ -908,7 +901,7 @@ def json_tokenizer(path: Path) -> Tokenizer:
         eos_id=reader.token_to_id(END_OF_TEXT),
         encode=lambda text: reader.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: reader.decode(list(ids), skip_special_tokens=False),
-        files={path.name: path.read_bytes()},
+        files={"tokenizer.json": path.read_bytes()},
     )
 
 
@@ -933,7 +926,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         raise FileNotFoundError(f"no tokenizer at {path}")
     if path.suffix == ".json":
         return json_tokenizer(path)
-    return bpe_tokenizer(read_ranks(path), {path.name: path.read_bytes()})
+    name = path.name if path.name == "vocab.bpe" else f"{path.stem}.tiktoken"
+    return bpe_tokenizer(read_ranks(path), {name: path.read_bytes()})
 
 
 def read_text(path: str | Path) -> str:
@@ -1038,6 +1032,8 @@ class Recipe:
                 )
         if not self.lr > 0:
             raise ValueError(f"lr is {self.lr}; it must be positive")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must lie in [0, 2**32)")
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -1144,7 +1140,15 @@ class Training:
         return self.log[-1]
 
     def save(self, out: Path, tokenizer: Tokenizer) -> None:
-        """The checkpoint, the log, the curves, and the model in published format."""
+        """The checkpoint, the log, the curves, and the model in published format.
+
+        Raises FloatingPointError, and writes nothing, when a weight is not finite.
+        """
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+            raise FloatingPointError(
+                f"step {self.step}: a weight is not finite; "
+                f"last good checkpoint: {self.saved}; a lower --lr may help"
+            )
         state = {
             "config": asdict(self.model.config),
             "recipe": asdict(self.recipe),
@@ -1176,6 +1180,7 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.log = state["step"], state["log"]
+        self.saved = f"the resumed one, step {self.step}"
         torch.set_rng_state(state["random"])
         if state["random_cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["random_cuda"])
@@ -1188,7 +1193,7 @@ def to_device(batch: Tensor, device: torch.device) -> Tensor:
 
 def fingerprint(data: Batches) -> str:
     """A hash of the training stream, by which a resumed run knows its data."""
-    return hashlib.sha256(data.stream.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(array("q", data.stream.tolist())).hexdigest()
 
 
 @torch.no_grad()
@@ -1334,10 +1339,10 @@ def train(
                     f"step {training.step:5} of {recipe.steps}  "
                     f"loss {row['loss']:.3f}  held out {row['held_out']:.3f}"
                 )
-                if on_eval is not None:
-                    say(f"    {on_eval(training.model)}")
                 if out is not None:
                     training.save(out, tokenizer)
+                if on_eval is not None:
+                    say(f"    {on_eval(training.model)}")
             stopped = training.step < recipe.steps
             if stopped and out is not None:
                 training.save(out, tokenizer)
@@ -1571,7 +1576,7 @@ def choose(args: argparse.Namespace) -> tuple[Config, Recipe, Tokenizer]:
         tokenizer = load_tokenizer(args.tokenizer or folder)
     else:
         tokenizer = load_tokenizer(args.tokenizer or default_tokenizer())
-        config = presets()[args.preset]
+        config = presets()[args.preset or "TINY"]
         config = replace(config, vocab_size=tokenizer.vocab_size)
         config = replace(config, eos_id=tokenizer.eos_id)
     return replace(config, dropout=recipe.dropout), recipe, tokenizer
@@ -1589,11 +1594,16 @@ def resume(args: argparse.Namespace) -> tuple[dict, Config, Recipe, Tokenizer]:
     if not checkpoint.exists():
         raise FileNotFoundError(f"nothing to resume: no {checkpoint}")
     state, asked = read_torch(checkpoint), asked_settings(args)
-    if extra := asked.keys() - {"steps"}:
+    kinds = ("preset", "recipe", "tokenizer", "init")
+    fixed = {kind for kind in kinds if getattr(args, kind, None) is not None}
+    if extra := asked.keys() - {"steps"} | fixed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(extra))
         raise ValueError(f"a resumed run keeps its settings; leave out {flags}")
-    recipe = replace(Recipe(**state["recipe"]), **asked)
-    return state, Config(**state["config"]), recipe, load_tokenizer(args.out)
+    try:
+        config, recipe = Config(**state["config"]), Recipe(**state["recipe"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint} is of another version: {error}") from None
+    return state, config, replace(recipe, **asked), load_tokenizer(args.out)
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -1605,16 +1615,17 @@ def run_train(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{out} holds a run: --resume goes on with it; or another --out"
         )
+    elif out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
     else:
         config, recipe, tokenizer = choose(args)
     data = Path(args.data or (state or {}).get("source") or DEFAULT_DATA)
     batches, held_out = open_data(data, tokenizer, config, recipe)
     torch.manual_seed(recipe.seed)
-    device = torch.device(args.device)
-    if args.init is not None and state is None:
-        model = Transformer.from_pretrained(args.init, device=device)
-    else:
-        model = Transformer(config).to(device)
+    device = open_device(args.device)
+    model = Transformer(config).to(device)
+    if args.init is not None:
+        load_tensors(model, read_tensors(find_folder(args.init)), device=device)
     check_vocabulary(model, tokenizer)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     training = Training(
@@ -1622,6 +1633,7 @@ def run_train(args: argparse.Namespace) -> int:
     )
     if state is not None:
         training.restore(state)
+    out.mkdir(parents=True, exist_ok=True)  # where it cannot be, say so before training
     count = sum(parameter.numel() for parameter in model.parameters())
     say(f"{count:,} parameters, {recipe.steps} steps on {device.type}, data {data}")
     if training.step >= recipe.steps:
@@ -1676,7 +1688,8 @@ def stream_text(tokenizer: Tokenizer, steps: Iterable[Tensor]) -> Iterator[str]:
 
 def run_generate(args: argparse.Namespace) -> int:
     """The command `generate`: continue a prompt, shown as it is written."""
-    model = Transformer.from_pretrained(args.model, device=args.device)
+    device = open_device(args.device)
+    model = Transformer.from_pretrained(args.model, device=device)
     tokenizer = load_tokenizer(find_folder(args.model))
     check_vocabulary(model, tokenizer)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -1691,16 +1704,18 @@ def run_generate(args: argparse.Namespace) -> int:
         )
     steps = stream(
         model,
-        torch.tensor([ids], device=args.device),
+        torch.tensor([ids], device=device),
         min(room, 200) if args.max_new_tokens is None else args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         stop=[] if tokenizer.eos_id is None else [tokenizer.eos_id],
-        generator=torch.Generator(args.device).manual_seed(args.seed),
+        generator=torch.Generator(device).manual_seed(args.seed),
     )
-    print(prompt, end="", flush=True)
-    for text in stream_text(tokenizer, steps):
+    texts = stream_text(tokenizer, steps)
+    first = next(texts, "")  # a mistake shows here, before anything is printed
+    print(prompt, end="")
+    for text in itertools.chain([first], texts):
         print(text.removesuffix(END_OF_TEXT), end="", flush=True)
     print()
     return 0
@@ -1744,9 +1759,7 @@ def demo(json_path: str | None = None) -> dict:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(
-        prog=HERE.name, description=(__doc__ or "").split("\n")[0]
-    )
+    root = CommandLine(prog=HERE.name, description=(__doc__ or "").split("\n")[0])
     root.set_defaults(run=lambda args: demo(getattr(args, "json", None)) and 0)
     commands = root.add_subparsers(title="commands", metavar="")
     show = commands.add_parser("demo", help="what `python %(prog)s` alone does")
@@ -1769,7 +1782,7 @@ def parser() -> argparse.ArgumentParser:
 def add_train(command: argparse.ArgumentParser) -> None:
     """The flags of `train`; those of the recipe are taken from its fields."""
     command.add_argument("--data", metavar="FILE", help=f"default: {DEFAULT_DATA.name}")
-    command.add_argument("--preset", default="TINY", choices=sorted(presets()))
+    command.add_argument("--preset", choices=sorted(presets()), help="default: TINY")
     command.add_argument("--init", metavar="SOURCE", help="start from this checkpoint")
     command.add_argument(
         "--tokenizer", metavar="FILE", help="a file, a folder or 'bytes'"
@@ -1813,6 +1826,22 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def open_device(name: str) -> torch.device:
+    """The device of that name; raises ValueError where torch cannot use it."""
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # it asserts that CUDA was built in
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake ends in one line on stderr and exit code 2."""
     for stream_ in (sys.stdout, sys.stderr):
@@ -1821,12 +1850,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"{HERE.name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except ModuleNotFoundError as error:
+        reason = f"this needs a package that is not here: pip install {error.name}"
+    except (ValueError, OSError, FloatingPointError) as error:
+        reason = " ".join(str(error).split())
     except KeyboardInterrupt:
         print(f"{HERE.name}: interrupted", file=sys.stderr)
         return 130
+    print(f"{HERE.name}: {reason}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
