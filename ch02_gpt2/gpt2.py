@@ -1385,7 +1385,8 @@ def verify_inputs(config: Config, tokenizer: Tokenizer | None) -> tuple[Tensor, 
     """The tokens of a comparison: real text where there is a tokenizer, else random."""
     T = min(config.max_seq_len, 1024)
     path = DATA / "stories.txt"
-    if tokenizer is not None and path.exists():
+    fits = tokenizer is not None and tokenizer.vocab_size <= config.vocab_size
+    if fits and path.exists():
         held_out = split_documents(read_text(path))[1]
         return (torch.tensor([tokenizer.encode("\n".join(held_out[:20]))[:T]]),)
     generator = torch.Generator().manual_seed(1)
