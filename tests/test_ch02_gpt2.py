@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -80,7 +81,7 @@ def some_tokens(B: int, T: int, vocab: int = 97, seed: int = 1):
 def same_logits(ours, theirs, atol: float = 1e-5) -> None:
     tokens = some_tokens(2, ours.config.max_seq_len, ours.config.vocab_size)
     logits = theirs(input_ids=tokens).logits
-    assert logits.abs().max() > 0.5, "the comparison would be blind"
+    assert logits.abs().max() > 0.2, "the comparison would be blind"
     equal(ours(tokens), logits, atol)
 
 
@@ -508,6 +509,8 @@ def test_dropout_stands_where_hugging_face_has_it(hf):
 def pair(hf):
     """The same random weights in ours and in theirs, in float64: no near ties."""
     theirs = theirs_random(hf).double()
+    with torch.no_grad():  # positions that matter keep greedy text from one dull token
+        theirs.transformer.wpe.weight.mul_(4)
     ours = gpt2.Transformer(gpt2.small_config()).eval()
     gpt2.load_tensors(ours, theirs.state_dict().items(), torch.float64)
     return ours, theirs
@@ -709,7 +712,6 @@ def test_tokens_come_as_often_as_they_should(asked):
     if asked.get("top_k") == 4:
         chance[2] = 0  # the least likely
     elif "top_p" in asked:
-        chance[[1, 2]] = 0  # 0.640 + 0.153 + 0.100 falls short of 0.9? asserted below
         order = (logits[0] / 0.7).softmax(0).sort(descending=True)
         n = int((order.values.cumsum(0) < 0.9).sum()) + 1
         chance = torch.zeros(5).index_put((order.indices[:n],), order.values[:n])
@@ -967,7 +969,8 @@ def test_files_of_ranks_are_checked(tmp_path, content):
 # --- data -----------------------------------------------------------------------------
 
 BYTES = gpt2.byte_tokenizer()
-WORDS = "the cat sat on the mat and the dog ran to the red barn with a bone".split()
+SENTENCE = "the cat sat on the mat and the dog ran to the red barn with a bone"
+WORDS = SENTENCE.split()
 
 
 def tiny_text(n: int = 60, seed: int = 0) -> str:
@@ -1170,8 +1173,8 @@ def straight():
     return seen
 
 
-def go_on(training, out: Path) -> dict:
-    assert gpt2.train(training, BYTES, out)
+def go_on(training, out: Path, tokenizer=BYTES) -> dict:
+    assert gpt2.train(training, tokenizer, out)
     return bits(training)
 
 
@@ -1189,7 +1192,7 @@ def test_a_resumed_run_is_the_same_run(straight, tmp_path):
     assert straight[6]["log"][5]["loss"] != straight[6]["log"][2]["loss"]
 
 
-def test_the_fused_checkpoint_is_a_published_model_too(hf, tmp_path):
+def test_a_run_leaves_a_published_model_its_log_and_its_curves(hf, tmp_path):
     training = new_training()
     gpt2.train(training, BYTES, tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -1265,7 +1268,7 @@ def test_a_crash_at_any_moment_of_saving_loses_nothing(
         left = [path.name for path in folder.iterdir() if "partial" in path.name]
         assert len(left) == (how != "error"), left
         gpt2.Transformer.from_pretrained(folder)  # always a whole model
-        same_bits(go_on(restored(folder), folder), straight[6])
+        same_bits(go_on(restored(folder), folder, tokenizer), straight[6])
         assert not list(folder.glob("*partial*"))
 
 
@@ -1479,7 +1482,7 @@ MISTAKES = {
     "no steps": (lambda d: [*TRAIN, "--steps", 0], "steps is 0"),
     "negative rate": (lambda d: [*TRAIN, "--lr", -1], "lr is -1"),
     "dropout of 2": (lambda d: [*TRAIN, "--dropout", 2], "dropout is 2"),
-    "huge seed": (lambda d: [*TRAIN, "--seed", 10**30], "seed"),
+    "huge seed": (lambda d: [*TRAIN, "--seed", 10**30], "seed is 10"),
     "no such device": (lambda d: [*TRAIN, "--device", "abacus"], "abacus"),
     "no such tokenizer": (lambda d: [*TRAIN, "--tokenizer", "no.model"], "no.model"),
     "tokenizer of text": (
@@ -1591,8 +1594,6 @@ def test_a_mistake_ends_in_one_clear_line(
     before = contents(tmp_path)
     code, out, err = run(capsys, *argv)
     assert code == 2, (out, err)
-    import re
-
     assert len(err.splitlines()) == 1, err
     assert err.startswith("gpt2.py") and re.search(named, err), err
     assert out == "", "nothing is said before the mistake is found"
@@ -1629,21 +1630,38 @@ def test_a_rate_far_too_high_stops_the_run(capsys, corpus, tmp_path):
     assert code == 2 and len(err.splitlines()) == 1 and "--lr" in err
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "cl"))),
-    reason="torch.compile needs a C++ compiler",
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",  # all of torch.compile but the C++ compiler
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    not any(map(shutil.which, ("g++", "clang++", "cl"))),
+                    reason="torch.compile needs a C++ compiler",
+                ),
+            ],
+        ),
+    ],
 )
-def test_compiled_training_runs(capsys, corpus, tmp_path):
-    said = trained(capsys, corpus, tmp_path / "run", "--compile", "--dropout", 0)
-    assert "held out" in said
-    plain = trained(capsys, corpus, tmp_path / "plain", "--dropout", 0)
-    losses = [
-        [row["loss"] for row in gpt2.read_torch(out / "checkpoint.pt")["log"]]
-        for out in (tmp_path / "run", tmp_path / "plain")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4), plain
-    gpt2.Transformer.from_pretrained(tmp_path / "run")
+def test_compiled_training_is_the_same(capsys, corpus, tmp_path, monkeypatch, backend):
+    real, used = torch.compile, []
+    monkeypatch.setattr(gpt2, "MINI", replace(MINI, n_layers=1))
+    monkeypatch.setattr(
+        torch, "compile", lambda m: used.append(m) or real(m, backend=backend)
+    )
+    flags = {"run": ["--compile"], "plain": []}
+    losses = {}
+    for name, more in flags.items():
+        out = tmp_path / name
+        assert "held out" in trained(capsys, corpus, out, *more)
+        log = gpt2.read_torch(out / "checkpoint.pt")["log"]
+        losses[name] = [row[key] for row in log for key in ("loss", "grad_norm")]
+        gpt2.Transformer.from_pretrained(out)  # no "_orig_mod." in its names
+    assert len(used) == 1
+    assert losses["run"] == pytest.approx(losses["plain"], rel=1e-4)
 
 
 def command(*argv: object) -> list[str]:
@@ -1654,7 +1672,7 @@ def command(*argv: object) -> list[str]:
 def test_ctrl_c_saves_and_the_resumed_run_is_the_same(corpus, tmp_path):
     """Real processes: one runs through; one is interrupted and then resumed."""
     asked = ["train", "--data", corpus, "--tokenizer", "bytes", "--batch-size", 1]
-    asked += ["--steps", 24, "--eval-every", 6, "--warmup", 3, "--dropout", 0.1]
+    asked += ["--steps", 16, "--eval-every", 4, "--warmup", 3, "--dropout", 0.1]
     text = tiny_text(130)
     corpus.write_text(text, encoding="utf-8", newline="\n")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -1665,14 +1683,14 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same(corpus, tmp_path):
     seen = b""
     for line in process.stdout:
         seen += line
-        if line.startswith(b"step     6"):
+        if line.startswith(b"step     4"):
             process.send_signal(signal.SIGINT)
             break
     rest, err = process.communicate(timeout=60)
     assert process.returncode == 130, (seen, rest, err)
     assert b"--resume" in rest and b"Traceback" not in err
     step = gpt2.read_torch(parts / "checkpoint.pt")["step"]
-    assert 6 <= step < 24
+    assert 4 <= step < 16
     assert not list(parts.glob("*partial*"))
     again = command("train", "--out", parts, "--resume")
     assert subprocess.run(again, stdout=subprocess.DEVNULL).returncode == 0
@@ -1682,8 +1700,9 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_same(corpus, tmp_path):
     for state in states:
         for row in state["log"]:
             del row["seconds"]
-    assert states[0]["step"] == 24
-    same_bits(states[1], states[0])
+    assert states[0]["step"] == 16
+    keys = ("model", "optimizer", "random", "step", "log")
+    same_bits(*({key: state[key] for key in keys} for state in states))
     assert (whole / "model.safetensors").read_bytes() == (
         parts / "model.safetensors"
     ).read_bytes()
