@@ -1046,7 +1046,7 @@ PAPER = Recipe(
     label_smoothing=0.1,
     eval_every=1000,
 )
-RECIPES = {"TRANSFORMER_BASE": PAPER, "TINY": Recipe()}
+RECIPES = {"paper": PAPER, "laptop": Recipe()}
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -1688,7 +1688,8 @@ def presets() -> dict[str, Config]:
 def choose(args: argparse.Namespace) -> tuple[Config, Recipe, Tokenizer]:
     """What a new run uses, from the flags."""
     preset = args.preset or "TINY"
-    recipe = replace(RECIPES[args.recipe or preset], **asked_settings(args))
+    usual = "paper" if preset == "TRANSFORMER_BASE" else "laptop"
+    recipe = replace(RECIPES[args.recipe or usual], **asked_settings(args))
     if args.init is not None:
         folder = find_folder(args.init)
         config = Config.from_hf(read_json(folder / "config.json"))
@@ -1858,7 +1859,7 @@ def demo(json_path: str | None = None) -> dict:
     if not show_distances(rows, torch.float32):
         raise ValueError("the model differs from the reference; see the table above")
     say(f"\n2. A small transformer learns from the pairs in {DEFAULT_DATA.name}.\n")
-    recipe = replace(RECIPES["TINY"], steps=700, eval_every=350)
+    recipe = replace(RECIPES["laptop"], steps=700, eval_every=350)
     pairs = split_pairs(DEFAULT_DATA)[0]
     tokenizer = train_tokenizer(pairs, TINY.vocab_size)
     config = fit_vocabulary(TINY, tokenizer)
@@ -1931,7 +1932,9 @@ def add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", metavar="FILE", help=f"default: {DEFAULT_DATA.name}")
     command.add_argument("--preset", choices=sorted(presets()), help="default: TINY")
     command.add_argument(
-        "--recipe", choices=sorted(RECIPES), help="default: the preset's"
+        "--recipe",
+        choices=sorted(RECIPES),
+        help="default: paper for TRANSFORMER_BASE, else laptop",
     )
     command.add_argument("--init", metavar="SOURCE", help="start from this checkpoint")
     command.add_argument(
