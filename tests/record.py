@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT
+"""Run what takes minutes and keep its numbers in the chapters' `results/`.
+
+    python tests/record.py verify             distances to Hugging Face, every chapter
+    python tests/record.py train [ch02 …]     default training, then what it can do
+    python tests/record.py recipes            chapter 1: the paper's recipe on a laptop
+    python tests/record.py bench              speed beside Hugging Face's
+
+Let the machine do nothing else meanwhile. READMEs take their figures from these
+records (tests/readme.py), and a test fails when their sources have changed since
+(tests/results.py).
+"""
+
+import argparse
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import results
+from chapters import ROOT, Chapter, discover, load
+
+sys.path.insert(0, str(Path(__file__).parent / "studies"))
+
+# What a trained model's figures follow from, beside the model part and the data.
+TRAINING = ("Batches", "Recipe", "Training", "train", "learning_rate", "loss")
+
+
+def sources(chapter: Chapter) -> list[str]:
+    """The parts of a chapter that its training follows from, and its data."""
+    module = load(chapter)
+    data = module.DEFAULT_DATA.relative_to(ROOT).as_posix()
+    names = ["model", *TRAINING, "make_optimizer"]
+    tokenizer = [
+        path.relative_to(ROOT).as_posix()
+        for path in sorted(module.DATA.glob("*.tiktoken"))
+        if module.DEFAULT_DATA.name == "stories.txt"
+    ]
+    return [*(f"{chapter.path}::{name}" for name in names), data, *tokenizer]
+
+
+def record_verify(chapter: Chapter) -> None:
+    """The table of `verify`: how far each stage is from Hugging Face's."""
+    rows = load(chapter).verify()
+    results.write(
+        chapter.results / "verify.json",
+        f"python {chapter.path} verify",
+        {"stages": rows, "logits": rows[-1]},
+        [f"{chapter.path}::model", f"{chapter.path}::small_config"],
+    )
+
+
+def run_training(chapter: Chapter, out: Path, flags: list[str]) -> dict:
+    """`train` with `flags` in a process of its own: time, log and evaluation."""
+    command = [sys.executable, str(chapter.script), "train", "--out", str(out), *flags]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, cwd=ROOT)
+    seconds = time.perf_counter() - started
+    with open(out / "log.csv", encoding="utf-8", newline="") as file:
+        log = list(csv.DictReader(file))
+    in_steps = sum(float(row["seconds"]) for row in log)
+    tested = [row for row in log if row["held_out"]]
+    found = {
+        "steps": len(log),
+        "seconds": seconds,
+        "tokens": sum(int(row["tokens"]) for row in log),
+        "tokens_per_second": sum(int(row["tokens"]) for row in log) / in_steps,
+        "held_out": float(tested[-1]["held_out"]),
+        "log": [
+            {key: float(row[key]) for key in ("step", "loss", "lr", "grad_norm")}
+            for row in log[:: max(1, len(log) // 200)]
+        ],
+        "held_out_log": [
+            {key: float(row[key]) for key in ("step", "held_out")} for row in tested
+        ],
+    }
+    evaluation = out / "evaluation.json"
+    if evaluation.exists():
+        found["evaluation"] = json.loads(evaluation.read_text(encoding="utf-8"))
+    return found
+
+
+def record_train(chapter: Chapter) -> None:
+    """Default training; for a model of stories, how consistent its stories are."""
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "run"
+        found = run_training(chapter, out, [])
+        chapter.results.mkdir(exist_ok=True)
+        shutil.copyfile(out / "loss.png", chapter.results / "loss.png")
+        used = sources(chapter)
+        results.write(
+            chapter.results / "train.json",
+            f"python {chapter.path} train",
+            found,
+            used,
+            files=["loss.png"],
+        )
+        if load(chapter).DEFAULT_DATA.name == "stories.txt":
+            import story_consistency
+
+            results.write(
+                chapter.results / "consistency.json",
+                f"python {chapter.path} train && "
+                "python tests/studies/story_consistency.py --model "
+                f"out/{chapter.name}",
+                story_consistency.measure(load(chapter), out, 200),
+                [*used, "data/make_stories.py::consistency"],
+            )
+
+
+# Chapter 1's other recipe, and its other model for a tenth of the steps.
+RECIPES = {
+    "tiny_paper": [
+        "--recipe=paper",
+        "--steps=3000",
+        "--batch-tokens=800",
+        f"--lr={(128 * 4000) ** -0.5}",
+        "--eval-every=1000",
+    ],
+    "base_paper": [
+        "--preset=TRANSFORMER_BASE",
+        "--steps=150",
+        "--batch-tokens=800",
+        "--eval-every=150",
+    ],
+}
+
+
+def record_recipes(chapter: Chapter) -> None:
+    """The paper's recipe for TINY, and TRANSFORMER_BASE with it as far as it gets."""
+    with tempfile.TemporaryDirectory() as temporary:
+        found = {
+            name: run_training(chapter, Path(temporary) / name, flags)
+            for name, flags in RECIPES.items()
+        }
+    results.write(
+        chapter.results / "recipes.json",
+        "python tests/record.py recipes",
+        found,
+        [*sources(chapter), "tests/record.py::RECIPES"],
+    )
+
+
+def record_bench(chapter: Chapter) -> None:
+    """Forward and training step beside Hugging Face's, in one process."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "bench.json"
+        command = [
+            sys.executable,
+            str(ROOT / "tests" / "bench.py"),
+            "--json",
+            str(path),
+        ]
+        subprocess.run([*command, chapter.prefix], check=True, cwd=ROOT)
+        found = json.loads(path.read_text(encoding="utf-8"))
+    results.write(
+        chapter.results / "bench.json",
+        f"python tests/bench.py {chapter.prefix}",
+        found,
+        [f"{chapter.path}::model", f"{chapter.path}::loss"],
+    )
+
+
+WORK = {
+    "verify": record_verify,
+    "train": record_train,
+    "recipes": record_recipes,
+    "bench": record_bench,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=list(WORK))
+    parser.add_argument("chapters", nargs="*", help="such as ch02; default: all")
+    args = parser.parse_args()
+    chapters = discover()
+    if args.what == "recipes":
+        chapters = [c for c in chapters if hasattr(load(c), "RECIPES")]
+    for chapter in chapters:
+        if not args.chapters or chapter.prefix in args.chapters:
+            WORK[args.what](chapter)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
