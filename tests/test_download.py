@@ -319,7 +319,8 @@ def test_server_without_ranges_starts_over(tmp_path, hub):
     hub.cuts, hub.ranges = {"model.safetensors": [300_000]}, False
     done = fetch(tmp_path, hub)
     assert done.returncode == 0, done.stderr
-    assert hub.ranges_of("model.safetensors")[1] is not None
+    first, second = hub.ranges_of("model.safetensors")
+    assert first is None and second is not None
     check_whole(tmp_path / "to" / "hub" / "gpt2", wanted())
 
 
@@ -799,7 +800,7 @@ def byte_alphabet() -> list[str]:
 
 
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2", "Ġ Ġ"]
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file_sep>"]
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
     "'<|im_end|>\n' }}{% endfor %}"
@@ -932,7 +933,7 @@ def test_converted_tokenizer(tmp_path, transformers):
     ours = auto.from_pretrained(tmp_path / "out")
     theirs = auto.from_pretrained(tmp_path, gguf_file="tiny.gguf")
     hostile = ["hello world", "नमस्ते दुनिया", "a\u0301 \U0001f469\u200d\U0001f680\n\n x"]
-    for text in [*hostile, "", "<|im_start|>hello<|im_end|>"]:
+    for text in [*hostile, "", "<|im_start|>hello<|im_end|><file_sep>"]:
         assert ours(text).input_ids == theirs(text).input_ids, text
         assert ours.decode(ours(text).input_ids) == text
     # llama.cpp splits digits off first, so no merge crosses from one to another, and
@@ -940,7 +941,7 @@ def test_converted_tokenizer(tmp_path, transformers):
     assert ours.tokenize("12  1") == ["1", "2", "ĠĠ", "1"]
     assert theirs.tokenize("12") == ["12"]
     assert (ours.bos_token, ours.eos_token, ours.pad_token) == (
-        *SPECIAL[1:],
+        *SPECIAL[1:3],
         SPECIAL[2],
     )
     assert ours.model_max_length == 64
