@@ -5,7 +5,9 @@
 
 The model continues the first words of held-out stories. Because the stories' world is
 known, `data/make_stories.py` can measure what a loss cannot say: the share of written
-stories that keep to at most three characters and two things, as every real story does.
+stories that keep to at most three characters and two things, as every real story does,
+and the share without any fault that it can see, such as a person who is named later
+without having appeared.
 It works for every chapter's model that was trained on the stories: the chapter is
 found by which of them can read the model's folder.
 """
@@ -76,11 +78,17 @@ def measure(module: ModuleType, folder: Path, n: int) -> dict:
     mark = f"\n{module.END_OF_TEXT}\n"
     written = write_stories(module, folder, n)
     real = module.split_documents(module.read_text(module.DEFAULT_DATA))[1][:n]
+
+    def without_faults(texts: list[str]) -> float:
+        return sum(not stories.faults(text) for text in texts) / len(texts)
+
     return {
         "stories": n,
         "consistency": stories.consistency(mark.join(written)),
+        "without_faults": without_faults(written),
         "distinct_sentences": stories.distinct_sentences(mark.join(written)),
         "real_consistency": stories.consistency(mark.join(real)),
+        "real_without_faults": without_faults(real),
         "real_distinct_sentences": stories.distinct_sentences(mark.join(real)),
         "example": written[0],
     }
