@@ -1272,6 +1272,35 @@ def test_a_crash_at_any_moment_of_saving_loses_nothing(
         assert not list(folder.glob("*partial*"))
 
 
+def test_ctrl_c_between_evaluations_saves_that_very_step(monkeypatch, tmp_path):
+    training = new_training()
+    take, handler = training.take_step, signal.getsignal(signal.SIGINT)
+
+    def press_at_five():
+        row = take()
+        if training.step == 5:  # evaluations come at 3 and 6
+            signal.raise_signal(signal.SIGINT)
+        return row
+
+    monkeypatch.setattr(training, "take_step", press_at_five)
+    assert gpt2.train(training, BYTES, tmp_path) is False
+    assert gpt2.read_torch(tmp_path / "checkpoint.pt")["step"] == 5
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_twice_ends_at_once(monkeypatch):
+    training = new_training()
+
+    def press():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second one should have raised")
+
+    monkeypatch.setattr(training, "take_step", press)
+    with pytest.raises(KeyboardInterrupt):
+        gpt2.train(training, BYTES)
+
+
 def test_other_data_is_refused_on_resume(tmp_path):
     training = new_training()
     training.take_step()
