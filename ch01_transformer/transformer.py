@@ -699,8 +699,9 @@ def beam_search(
     """Translate `source` (B, N), keeping the `beams` likeliest beginnings of each row.
 
     A finished translation of n tokens scores log P / ((5 + n) / 6)^length_penalty
-    (arXiv:1609.08144 eq. 14). A row is done when `beams` have finished, or when none
-    that is still open could overtake the best. Returns (B, T) ids from bos on, padded.
+    (arXiv:1609.08144 eq. 14). A row is done when `beams` have finished and the best of
+    them scores above all that are open, or when none of these could overtake it any
+    more. Returns (B, T) ids from bos on, padded.
     """
     if beams < 1:
         raise ValueError(f"beams is {beams}; it must be positive")
@@ -740,7 +741,8 @@ def beam_search(
         finished += counts.sum(1)
         score, kept = score.masked_fill(ends, -torch.inf).topk(beams)  # (B, beams)
         open_ = grown[rows, kept]
-        done |= finished >= beams
+        # Beside a translation that the model is sure of, `beams` poor ones end early.
+        done |= (finished >= beams) & (best_score >= score[:, 0] / penalty(n))
         done |= best_score >= score[:, 0] / penalty(limit)
         if done.all():
             break
@@ -812,8 +814,9 @@ def marian_tokenizer(files: dict[str, bytes]) -> Tokenizer:
         return [vocabulary.get(p, unk) for p in processor.encode(text, out_type=str)]
 
     def decode(tokens: Sequence[int]) -> str:
-        shown = [pieces[i] for i in tokens if i not in (pad, bos, eos)]
-        return target.decode_pieces(shown)
+        shown = [pieces[i] for i in tokens if i in pieces and i not in (pad, bos, eos)]
+        # A piece that only the source's model knows keeps its mark for a space.
+        return target.decode_pieces(shown).replace("\u2581", " ").strip()
 
     return Tokenizer(
         vocab_size=len(vocabulary),
@@ -877,7 +880,10 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     files = {name: folder / name for name in names if (folder / name).exists()}
     if not files.keys() & {"source.spm", "target.spm"}:
         return byte_tokenizer()
-    return marian_tokenizer({name: path.read_bytes() for name, path in files.items()})
+    try:
+        return marian_tokenizer({name: p.read_bytes() for name, p in files.items()})
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def read_text(path: str | Path) -> str:
@@ -1644,7 +1650,7 @@ def evaluate(
 
 def evaluation_sets(path: Path) -> dict[str, list[tuple[str, str]]]:
     """What a model trained on `path` is tested on; none of it is training data."""
-    held_out = split_pairs(path)[1]
+    training, held_out = split_pairs(path)
     sets = {
         "held out, up to 12 words": [p for p in held_out if len(p[0].split()) <= 12],
         "held out, longer": [p for p in held_out if len(p[0].split()) > 12],
@@ -1652,6 +1658,9 @@ def evaluation_sets(path: Path) -> dict[str, list[tuple[str, str]]]:
     by_hand = DATA / "english_hindi.by_hand.tsv"
     if path.resolve() == DEFAULT_DATA and by_hand.exists():
         sets["written by hand, outside the grammar"] = read_pairs(by_hand)
+    known = {source.lower() for source, _ in training}
+    for name, pairs in sets.items():
+        sets[name] = [pair for pair in pairs if pair[0].lower() not in known]
     return {name: pairs for name, pairs in sets.items() if pairs}
 
 
