@@ -84,7 +84,8 @@ def held_out(combination: Combination) -> bool:
 NOUN_TABLE = """
 person: boy boys लड़का m, girl girls लड़की f, man men आदमी m, woman women औरत f,
   child children बच्चा m, student students छात्र m
-worker: farmer farmers किसान m, shopkeeper shopkeepers दुकानदार m, driver drivers ड्राइवर m,
+worker: farmer farmers किसान m, shopkeeper shopkeepers दुकानदार m,
+  driver drivers ड्राइवर m,
   tailor tailors दर्ज़ी m, gardener gardeners माली m, fisherman fishermen मछुआरा m,
   singer singers गायक m, soldier soldiers सैनिक m, carpenter carpenters बढ़ई m,
   nurse nurses नर्स f
@@ -235,7 +236,17 @@ NAMES = {
     "Neha": ("नेहा", F),
     "Priya": ("प्रिया", F),
 }
-HUMAN_GROUPS = ["person", "worker", "visitor", "rogue", "esteemed", "royal", "kin", "peer", "elder"]
+HUMAN_GROUPS = [
+    "person",
+    "worker",
+    "visitor",
+    "rogue",
+    "esteemed",
+    "royal",
+    "kin",
+    "peer",
+    "elder",
+]
 ANIMAL_GROUPS = ["pet", "farm", "wild", "small"]
 KIN_GROUPS = ("kin", "peer", "elder")
 NUMBERS = {
@@ -272,7 +283,8 @@ def words_of(spec: str) -> tuple[str, ...]:
 # for the living. बड़ा and छोटा of people mean elder and younger.
 ADJECTIVE_TABLE = """
 big | बड़ा | @fruit @toy @vehicle potato box bag table house garden shop temple city
-  village room school tree elephant dog bear plate window door basket picture stone clock
+  village room school tree elephant dog bear plate window door basket picture stone
+  clock
   cake field park bridge library
 small | छोटा | @fruit @toy @vehicle @tool @small boy girl child rabbit goat box bag
   table house garden shop temple village room window door cup bottle basket key bell
@@ -299,7 +311,8 @@ white | सफ़ेद | @clothing @farm car house flower cat dog rabbit pigeon
   umbrella blanket mouse
 black | काला | @clothing car bag umbrella cat dog goat cow horse bear bicycle pen phone
 beautiful | सुंदर | girl woman queen princess house garden temple city village picture
-  flower sari necklace ring bird peacock parrot horse lake river park doll clock mountain
+  flower sari necklace ring bird peacock parrot horse lake river park doll clock
+  mountain
 clean | साफ़ | @clothing room house kitchen glass plate cup water clothes dishes river
   road hospital park
 dirty | गंदा | @clothing room kitchen glass plate cup water clothes dishes road river
@@ -441,7 +454,8 @@ LIGHT_ADJECTIVES = {"बंद", "साफ़", "ठीक"}
 HOME = "in:house in:room in:courtyard on:roof"
 KITCHEN = "in:kitchen in:courtyard in:house"
 OUTDOORS = (
-    "in:garden in:park in:field near:river near:lake near:house near:temple near:school "
+    "in:garden in:park in:field near:river near:lake near:house near:temple "
+    "near:school "
     "near:forest under:tree behind:house behind:school behind:temple behind:shop "
     "in_front_of:house in_front_of:temple in_front_of:school on:road near:bridge"
 )
@@ -555,7 +569,8 @@ look for/looks for/looked for/looked for/looking for | ढूँढ
   flags: nohabit command
 buy/buys/bought/bought/buying | ख़रीद
   who: FOLK
-  what: FOODS milk tea juice lassi @clothing @vessel @toy @desk @staple book newspaper umbrella
+  what: FOODS milk tea juice lassi @clothing @vessel @toy @desk @staple book newspaper
+    umbrella
     clock ring phone gift blanket bicycle candle cow goat horse flower flute bag
   where: in:market in:shop
   flags: noown bare command
@@ -969,7 +984,8 @@ SHOW = Verb("show/shows/showed/shown/showing", "दिखा", GIVE.subjects, fl
 TELL = Verb("tell/tells/told/told/telling", "सुना", GIVE.subjects, flags="command")
 SEND = next(v for v in VERBS if v.name == "send")
 GIFTS = words_of(
-    "@fruit @dish @desk @toy book letter flower gift key bag umbrella cup water tea milk "
+    "@fruit @dish @desk @toy book letter flower gift key bag umbrella cup water tea "
+    "milk "
     "money ring blanket shirt sari ticket newspaper cap shoes necklace"
 )
 SHOWN = words_of(
@@ -1415,7 +1431,7 @@ def be_form(subject: Phrase, past: bool = False) -> str:
 
 
 def english_verb(clause: Clause) -> tuple[str, str, str]:
-    """The English verb as (auxiliary, main part, base): auxiliary "" when there is none."""
+    """The English verb as (auxiliary, main part, base); the auxiliary may be ""."""
     subject, verb, tense = clause.subject, clause.verb, clause.tense
     base, third, past, participle, ing = verb.forms
     singular = not subject.plural and subject.pronoun != "I"
@@ -1518,7 +1534,7 @@ def object_words(clause: Clause) -> tuple[str, Agreement | None]:
 
 
 def object_agreement(clause: Clause) -> Agreement:
-    """What ergative and dative clauses agree with: light noun, bare object, else m.sg."""
+    """What ergative and dative verbs agree with: light noun, bare object or m.sg."""
     light = clause.verb.light
     if light and light not in LIGHT_ADJECTIVES:
         return Agreement(3, LIGHT_GENDER[light])
@@ -1672,10 +1688,34 @@ BAD_ADJECTIVES = {  # verb: adjectives that make no sense on its object
     "pull": "new cheap",
 }
 OWNABLE_PLACES = set(
-    ["house", "room", "garden", "shop", "village", "field", "office", "courtyard", "city"]
+    [
+        "house",
+        "room",
+        "garden",
+        "shop",
+        "village",
+        "field",
+        "office",
+        "courtyard",
+        "city",
+    ]
 )
 SHARED_GROUPS = ("place", "vehicle", "pet", "farm", "kin", "peer", "elder", "esteemed")
-OWNED_GROUPS = ["pet", "farm", "clothing", "wash", "vessel", "furniture", "vehicle", "toy", "desk", "object", "light", "music", "text"]
+OWNED_GROUPS = [
+    "pet",
+    "farm",
+    "clothing",
+    "wash",
+    "vessel",
+    "furniture",
+    "vehicle",
+    "toy",
+    "desk",
+    "object",
+    "light",
+    "music",
+    "text",
+]
 
 
 def chance(rng: random.Random, share: float) -> bool:
@@ -1945,9 +1985,9 @@ def place_phrase(rng: random.Random, name: str, subject: Phrase | None) -> Phras
         "beautiful",
     ):
         adjective = None
-    if name in OWNABLE_PLACES and chance(rng, 0.15):
-        if subject is None or (subject.human and not subject.possessive):
-            return owned_phrase(rng, name, subject, 0.8, adjective=adjective)
+    may_own = subject is None or (subject.human and not subject.possessive)
+    if name in OWNABLE_PLACES and chance(rng, 0.15) and may_own:
+        return owned_phrase(rng, name, subject, 0.8, adjective=adjective)
     determiner = pick(rng, {"the": 8, "this": 1, "that": 0.7})
     if determiner == "that" and subject is not None and subject.direct.startswith("व"):
         determiner = "the"
@@ -2114,23 +2154,24 @@ def random_clause(
     habitual = time in ("present", "used to") and not frame.has("stative")
     frequency = ""
     if (
-        time == "present"
-        and not (frame.has("stative") or frame.has("live"))
-        and not bare
+        (
+            time == "present"
+            and not (frame.has("stative") or frame.has("live"))
+            and not bare
+        )
+        and not no
+        and chance(rng, 0.6)
     ):
-        if not no and chance(rng, 0.6):
-            frequency = rng.choice(list(FREQUENCIES))
+        frequency = rng.choice(list(FREQUENCIES))
     if question and frequency == "never":
         frequency = ""
     no = no and not frequency
     when = NOTHING if bare or frequency else choose_time(rng, frame, time)
     if frame.has("wakeup"):
         when = choose_time(rng, frame, time)
-    if habitual and not frame.objects and not frame.has("live") and not bare:
-        if time == "present" and not (
-            frequency or when.english or frame in (GO, RETURN)
-        ):
-            when = rng.choice(TIMES["present"])
+    alone = time == "present" and not (frame.objects or frame.has("live") or bare)
+    if alone and habitual and not (frequency or when.english or frame in (GO, RETURN)):
+        when = rng.choice(TIMES["present"])
     about_people = any(NOUNS[n].group in HUMAN_GROUPS for n in frame.objects)
     if (
         time == "present"
@@ -2164,18 +2205,17 @@ def random_clause(
             frame.case == "को"
             and time in DATIVE_TENSES
             or takes_ko_object(frame, thing)
-        ):
-            if time in DATIVE_TENSES:  # two को in one clause
-                return random_clause(
-                    rng,
-                    verb=verb,
-                    subject=subject,
-                    tense=tense,
-                    negative=negative,
-                    question=question,
-                    bare=bare,
-                    object_name=object_name,
-                )
+        ) and time in DATIVE_TENSES:  # two को in one clause
+            return random_clause(
+                rng,
+                verb=verb,
+                subject=subject,
+                tense=tense,
+                negative=negative,
+                question=question,
+                bare=bare,
+                object_name=object_name,
+            )
     place = NOTHING
     share = 0.6 if not frame.objects else 0.3
     if time in ("want", "wanted", "can", "must", "should", "begin", "already"):
@@ -2209,7 +2249,19 @@ def random_clause(
 BEGUN = "eat drink read write cook make sing play run cry laugh dance work study clean "
 BEGUN += "wash sew build draw cut swim jump fly walk"
 MODALS = ("already", "want", "wanted", "should", "must", "can")
-COMPANY = ["run", "sit", "walk", "laugh", "play", "dance", "work", "study", "exercise", "live", "swim"]
+COMPANY = [
+    "run",
+    "sit",
+    "walk",
+    "laugh",
+    "play",
+    "dance",
+    "work",
+    "study",
+    "exercise",
+    "live",
+    "swim",
+]
 
 
 def takes_ko_object(verb: Verb, thing: Phrase) -> bool:
@@ -2420,7 +2472,17 @@ def described(rng: random.Random) -> Pair:
         name = rng.choice(names)
         subject = definite_thing(rng, name)
     elif kind == "person":
-        qualities = ["good", "clever", "tall", "kind", "brave", "honest", "poor", "rich", "lazy"]
+        qualities = [
+            "good",
+            "clever",
+            "tall",
+            "kind",
+            "brave",
+            "honest",
+            "poor",
+            "rich",
+            "lazy",
+        ]
         adjective = rng.choice(
             [
                 a
@@ -2579,7 +2641,16 @@ def hungry(rng: random.Random) -> Pair:
     return Pair(*finish(e, h, question), found, "copula")
 
 
-JOBS = ["farmer", "shopkeeper", "driver", "tailor", "gardener", "singer", "soldier", "carpenter"]
+JOBS = [
+    "farmer",
+    "shopkeeper",
+    "driver",
+    "tailor",
+    "gardener",
+    "singer",
+    "soldier",
+    "carpenter",
+]
 
 
 def job(rng: random.Random, past: bool, no: bool, question: bool, short: bool) -> Pair:
@@ -2607,35 +2678,44 @@ def job(rng: random.Random, past: bool, no: bool, question: bool, short: bool) -
     return Pair(*finish(e, h, question), subject.combinations, "copula")
 
 
-LOCATIONS = {  # what may be where
-    "@desk @vessel @object book letter newspaper milk": "on:table under:table on:chair on:bed "
-    "in:box in:bag in:basket under:chair under:bed in:room in:kitchen on:roof near:door "
-    "near:window in:house",
-    "@toy @clothing": "on:chair on:bed in:box in:bag under:bed under:table in:room on:roof "
-    "in:courtyard in:basket behind:door under:chair in:house",
-    "@fruit @dish @vegetable": "on:table in:kitchen in:basket in:bag in:box in:shop in:market",
-    "@vehicle": "on:road near:house in_front_of:house behind:house near:station near:bridge "
-    "in_front_of:shop in_front_of:school near:market in_front_of:hospital behind:temple "
-    "in_front_of:office in_front_of:bank near:temple behind:hospital",
-    "@pet": "in:house in:room in:garden in:courtyard on:roof under:table under:bed under:chair "
-    "behind:door near:door under:tree behind:house in_front_of:house in:kitchen near:window",
-    "@farm": "in:field near:river under:tree behind:house in:village near:lake on:road "
-    "in_front_of:house near:forest in:courtyard behind:tree behind:temple",
-    "@wild": "in:forest near:river near:lake under:tree behind:tree near:village near:mountain "
-    "in:forest",
-    "bird monkey pigeon squirrel": "on:tree on:roof in:garden under:tree in:park near:window",
-    "@person @worker @peer @kin @visitor": OUTDOORS
-    + " "
-    + TOWN
-    + " "
-    + HOME
-    + " in:library in:school in:hospital in:office in:bank in:shop in:temple",
-    "@plant tree": "in:garden in:courtyard in_front_of:house behind:house near:river in:park "
-    "near:school near:lake in:field",
-    "shop bank school temple hospital": "near:station near:market in:village in:city near:river "
-    "near:park behind:school behind:market in_front_of:station near:bridge behind:temple "
-    "near:lake in_front_of:hospital behind:hospital behind:bank near:library",
-}
+# What may be where: nouns | place phrases.
+LOCATION_TABLE = """
+@desk @vessel @object book letter newspaper milk | on:table under:table on:chair
+  on:bed in:box in:bag in:basket under:chair under:bed in:room in:kitchen on:roof
+  near:door near:window in:house
+@toy @clothing | on:chair on:bed in:box in:bag under:bed under:table in:room on:roof
+  in:courtyard in:basket behind:door under:chair in:house
+@fruit @dish @vegetable | on:table in:kitchen in:basket in:bag in:box in:shop
+  in:market
+@vehicle | on:road near:house in_front_of:house behind:house near:station near:bridge
+  in_front_of:shop in_front_of:school near:market in_front_of:hospital behind:temple
+  in_front_of:office in_front_of:bank near:temple behind:hospital
+@pet | in:house in:room in:garden in:courtyard on:roof under:table under:bed
+  under:chair behind:door near:door under:tree behind:house in_front_of:house
+  in:kitchen near:window
+@farm | in:field near:river under:tree behind:house in:village near:lake on:road
+  in_front_of:house near:forest in:courtyard behind:tree behind:temple
+@wild | in:forest near:river near:lake under:tree behind:tree near:village
+  near:mountain in:forest
+bird monkey pigeon squirrel | on:tree on:roof in:garden under:tree in:park near:window
+@person @worker @peer @kin @visitor | in:garden in:park in:field near:river near:lake
+  near:house near:temple near:school near:forest under:tree behind:house behind:school
+  behind:temple behind:shop in_front_of:house in_front_of:temple in_front_of:school
+  on:road near:bridge in:market in:village in:city at:station near:station near:market
+  near:hospital near:bank near:office near:park in_front_of:shop in_front_of:temple
+  in_front_of:hospital in_front_of:bank in_front_of:library near:shop near:library
+  in:house in:room in:courtyard on:roof in:library in:school in:hospital in:office
+  in:bank in:shop in:temple
+@plant tree | in:garden in:courtyard in_front_of:house behind:house near:river in:park
+  near:school near:lake in:field
+shop bank school temple hospital | near:station near:market in:village in:city
+  near:river near:park behind:school behind:market in_front_of:station near:bridge
+  behind:temple near:lake in_front_of:hospital behind:hospital behind:bank
+  near:library
+"""
+LOCATIONS = dict(
+    row.split(" | ") for row in LOCATION_TABLE.strip().replace("\n  ", " ").split("\n")
+)
 
 
 def located(rng: random.Random) -> Pair:
@@ -2828,7 +2908,19 @@ def dative(rng: random.Random) -> Pair:
     return Pair(*finish(e, h, question), clause.combinations, "dative")
 
 
-WH_MAKERS = ["who", "what", "where", "where_be", "when", "why", "whose", "how_many", "which", "how", "price"]
+WH_MAKERS = [
+    "who",
+    "what",
+    "where",
+    "where_be",
+    "when",
+    "why",
+    "whose",
+    "how_many",
+    "which",
+    "how",
+    "price",
+]
 
 
 def wh_question(rng: random.Random) -> Pair:
@@ -3013,7 +3105,8 @@ def wh_copula(rng: random.Random, kind: str) -> Pair:
                 rng,
                 rng.choice(
                     words_of(
-                        "@desk @toy @object @vehicle @clothing bank school hospital station shop "
+                        "@desk @toy @object @vehicle @clothing bank school hospital "
+                        "station shop "
                         "library book letter"
                     )
                 ),
@@ -3303,7 +3396,16 @@ def superlative(rng: random.Random) -> Pair:
                 a
                 for a in ADJECTIVES
                 if a.english
-                in ["big", "beautiful", "old", "high", "long", "deep", "expensive", "clean"]
+                in [
+                    "big",
+                    "beautiful",
+                    "old",
+                    "high",
+                    "long",
+                    "deep",
+                    "expensive",
+                    "clean",
+                ]
                 and a.hindi != "बूढ़ा"
             ]
         )
@@ -3983,13 +4085,59 @@ def pairs(seed: int = SEED) -> Iterator[Pair]:
 CONSONANTS = dict(
     zip(
         "कखगघङचछजझञटठडढणतथदधनपफबभमयरलवशषसह",
-        ["k", "kh", "g", "gh", "ṅ", "ch", "chh", "j", "jh", "ñ", "ṭ", "ṭh", "ḍ", "ḍh", "ṇ", "t", "th", "d", "dh", "n", "p", "ph", "b", "bh", "m", "y", "r", "l", "v", "sh", "ṣ", "s", "h"],
+        [
+            "k",
+            "kh",
+            "g",
+            "gh",
+            "ṅ",
+            "ch",
+            "chh",
+            "j",
+            "jh",
+            "ñ",
+            "ṭ",
+            "ṭh",
+            "ḍ",
+            "ḍh",
+            "ṇ",
+            "t",
+            "th",
+            "d",
+            "dh",
+            "n",
+            "p",
+            "ph",
+            "b",
+            "bh",
+            "m",
+            "y",
+            "r",
+            "l",
+            "v",
+            "sh",
+            "ṣ",
+            "s",
+            "h",
+        ],
         strict=True,
     )
 )
 NUKTA = {"क": "q", "ख": "kh", "ग": "g", "ज": "z", "ड": "ṛ", "ढ": "ṛh", "फ": "f"}
-VOWELS = dict(zip("अआइईउऊऋएऐओऔऑ", ["a", "ā", "i", "ī", "u", "ū", "ri", "e", "ai", "o", "au", "o"], strict=True))
-VOWEL_SIGNS = dict(zip("ािीुूृेैोौॉ", ["ā", "i", "ī", "u", "ū", "ri", "e", "ai", "o", "au", "o"], strict=True))
+VOWELS = dict(
+    zip(
+        "अआइईउऊऋएऐओऔऑ",
+        ["a", "ā", "i", "ī", "u", "ū", "ri", "e", "ai", "o", "au", "o"],
+        strict=True,
+    )
+)
+VOWEL_SIGNS = dict(
+    zip(
+        "ािीुूृेैोौॉ",
+        ["ā", "i", "ī", "u", "ū", "ri", "e", "ai", "o", "au", "o"],
+        strict=True,
+    )
+)
 HOMORGANIC = {"p": "m", "b": "m", "m": "m"}
 
 
@@ -4013,7 +4161,7 @@ def romanise(hindi: str) -> str:
 
 
 def romanise_word(word: str) -> str:
-    """One word: units of (consonants, vowel), then schwa deletion from right to left."""
+    """One word: units of consonants and a vowel, then schwa deletion."""
     units: list[list[str]] = []  # [consonants, vowel, nasal, "inherent" or ""]
     for char in word:
         if char in CONSONANTS:
@@ -4162,7 +4310,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in texts.items():
         write_atomically(args.out / name, text)
         print(
-            f"{args.out / name}: {text.count(chr(10))} pairs, {len(text.encode())} bytes"
+            f"{args.out / name}: {len(text.splitlines())} pairs, "
+            f"{len(text.encode())} bytes"
         )
     return 0
 
