@@ -79,6 +79,12 @@ class Config:
             raise ValueError(
                 f"dim {self.dim} must be even and a multiple of n_heads {self.n_heads}"
             )
+        for name in ("pad_id", "bos_id", "eos_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be below vocab_size "
+                    f"{self.vocab_size}"
+                )
         if not (0 <= self.dropout < 1 and 0 <= self.label_smoothing < 1):
             raise ValueError(
                 f"dropout {self.dropout} and label_smoothing {self.label_smoothing} "
@@ -99,6 +105,12 @@ class Config:
             )
         if missing := set(HF_CONFIG.values()) - hf.keys():
             raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
+        for ours, theirs in HF_CONFIG.items():
+            kind = type(getattr(cls, ours))
+            if not isinstance(hf[theirs], (int, float) if kind is float else kind):
+                raise ValueError(
+                    f"config.json: {theirs} is {hf[theirs]!r}, and no {kind.__name__}"
+                )
         other = {
             "normalize_before": hf.get("normalize_before", False),
             "add_final_layer_norm": hf.get("add_final_layer_norm", False),
@@ -903,7 +915,8 @@ def read_text(path: str | Path) -> str:
 def read_pairs(path: str | Path) -> list[tuple[str, str]]:
     """The (source, target) sentences of a file with two tab-separated columns."""
     pairs = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    lines = read_text(path).rstrip("\n").split("\n")  # splitlines cuts at U+2028 too
+    for number, line in enumerate(lines, start=1):
         columns = line.split("\t")
         if len(columns) != 2 or not (columns[0].strip() and columns[1].strip()):
             raise ValueError(
@@ -1821,7 +1834,7 @@ def example(model: Transformer, tokenizer: Tokenizer) -> str:
 
 def run_translate(args: argparse.Namespace) -> int:
     """The command `translate`: sentences from the command line, a pipe or a prompt."""
-    model = Transformer.from_pretrained(args.model, device=args.device)
+    model = Transformer.from_pretrained(args.model, device=open_device(args.device))
     tokenizer = load_tokenizer(find_folder(args.model))
     check_vocabulary(model, tokenizer)
     for sentence in sentences_from(args.text):
@@ -1851,7 +1864,7 @@ def sentences_from(text: Sequence[str]) -> Iterator[str]:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """The command `evaluate`: a model on the held-out pairs of a file."""
-    model = Transformer.from_pretrained(args.model, device=args.device)
+    model = Transformer.from_pretrained(args.model, device=open_device(args.device))
     tokenizer = load_tokenizer(find_folder(args.model))
     check_vocabulary(model, tokenizer)
     sets = evaluation_sets(Path(args.data))

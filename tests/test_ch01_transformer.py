@@ -284,6 +284,9 @@ def test_loading_is_strict_and_names_the_tensor(tmp_path, change, message):
         ({"decoder_attention_heads": 6}, "narrower decoder"),
         ({"activation_function": "tanh"}, "'tanh'.*relu"),
         ({"d_model": 31}, "dim 31"),
+        ({"d_model": "30"}, "d_model is '30', and no int"),
+        ({"dropout": None}, "dropout is None, and no float"),
+        ({"pad_token_id": 97}, "pad_id is 97"),
     ],
     ids=str,
 )
@@ -543,6 +546,8 @@ def test_the_start_is_scaled():
         ({"dim": 32}, "32.*5"),
         ({"dim": 15, "n_heads": 5}, "15 must be even"),
         ({"activation": "sine"}, "sine"),
+        ({"eos_id": 97}, "eos_id is 97.* 97"),
+        ({"bos_id": -1}, "bos_id is -1"),
         ({"dropout": 1.0}, "dropout 1.0"),
         ({"label_smoothing": -0.1}, "-0.1"),
     ],
@@ -795,6 +800,19 @@ def test_a_beam_finds_what_greedy_misses():
     assert trimmed(greedy, model.config)[0][0] == 5
     beam = ch1.beam_search(model, source, beams=2, max_new_tokens=9)
     assert trimmed(beam, model.config) == [[3, 4, 2]]
+
+
+@pytest.mark.parametrize("beams", [2, 3, 4])
+def test_poor_translations_that_end_early_do_not_end_the_search(beams):
+    table = [row[:] for row in SHORT_OR_LONG]
+    table[1] = [0.0, 0.0, 0.02, 0.96, 0.01, 0.01]
+    table[3] = [0.0, 0.0, 0.02, 0.00, 0.96, 0.02]
+    table[4] = [0.0, 0.0, 0.02, 0.00, 0.02, 0.96]
+    table[5] = [0.0, 0.0, 0.98, 0.00, 0.01, 0.01]
+    model, source = Fixed(table), torch.tensor([[3, 4], [5, 0]])
+    found = ch1.beam_search(model, source, beams=beams, max_new_tokens=9)
+    assert trimmed(found, model.config) == [[3, 4, 5, 2]] * 2
+    assert found.shape[1] < 10, "it should see that nothing can overtake"
 
 
 @pytest.mark.parametrize("search", ["greedy", "beam_search"])
@@ -1208,6 +1226,8 @@ def test_the_loss_falls_and_is_logged(trained):
 def test_what_train_writes_is_a_marian_folder(hf, trained):
     sources, targets = map(list, zip(*PAIRS, strict=True))
     same_as_marian(hf, trained, [*sources, "The cow sees the old sister."], targets)
+    rows = ch1.verify(trained)  # on sentences written by hand
+    assert max(row["relative"] for row in rows) <= ch1.TOLERANCE[torch.float32]
 
 
 def weights_in(out):
@@ -1292,6 +1312,12 @@ def test_the_test_sets_are_whole_and_not_trained_on(corpus):
         lengths = [len(source.split()) for source, _ in pairs]
         assert (max(lengths) <= 12) == (name == names[0]) or "hand" in name
         assert not known.intersection(source.lower() for source, _ in pairs), name
+
+
+def test_lines_end_at_line_ends_alone(tmp_path):
+    path = tmp_path / "x.tsv"
+    path.write_bytes("one\u2028two\tek\x85do\r\nb\tc\n\n".encode())
+    assert ch1.read_pairs(path) == [("one\u2028two", "ek\x85do"), ("b", "c")]
 
 
 def test_any_other_file_keeps_a_twentieth_back(tmp_path):
@@ -1414,6 +1440,7 @@ def test_bad_sentences_are_refused(trained, capsys):
     refused([*command, " "], capsys, "empty sentence")
     refused([*command, "cow " * 300], capsys, "256")
     refused([*command, "--beams", "0", "a."], capsys, "beams is 0")
+    refused([*command, "--device", "nowhere", "a."], capsys, "nowhere")
 
 
 @pytest.mark.parametrize(
