@@ -875,7 +875,7 @@ smile/smiles/smiled/smiled/smiling | मुस्कुरा
 cry/cries/cried/cried/crying | रो
   who: boy girl child son daughter sister princess woman student
   where: HOME in:garden in:park under:tree at:station in:school
-  flags: sudden nowant plain
+  flags: nohabit sudden nowant plain
 play/plays/played/played/playing | खेल
   who: YOUNG dog cat
   where: OUTDOORS in:courtyard in:room on:roof in:village
@@ -1449,7 +1449,7 @@ def english_verb(clause: Clause) -> tuple[str, str, str]:
         "past perfect": ("had", participle, ""),
         "already": (has, "already " + participle, ""),
         "had already": ("had", "already " + participle, ""),
-        "used to": ("", f"used to {base}", ""),
+        "used to": ("", f"used to {base}", f"use to {base}"),
         "can": ("can", base, ""),
         "should": ("should", base, ""),
         "want": ("", f"{'wants' if singular else 'want'} to {base}", f"want to {base}"),
@@ -1460,7 +1460,7 @@ def english_verb(clause: Clause) -> tuple[str, str, str]:
 
 
 def do_support(clause: Clause) -> str:
-    if clause.tense in ("past", "wanted", "begin"):
+    if clause.tense in ("past", "wanted", "begin", "used to"):
         return "did"
     singular = not clause.subject.plural and clause.subject.pronoun != "I"
     return "does" if singular else "do"

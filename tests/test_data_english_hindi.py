@@ -397,6 +397,21 @@ def test_elders_take_plural_agreement(corpus):
     assert checked > 100
 
 
+def test_every_tense_asks_and_denies_with_its_verb():
+    """An auxiliary without a main verb is no English."""
+    frame = next(v for v in grammar.VERBS if v.name == "rest")
+    tenses = list(grammar.tenses_of(frame))
+    assert len(tenses) > 10
+    for tense in tenses:
+        clause = grammar.Clause(grammar.name_phrase("Ravi"), frame, tense)
+        asked = grammar.english_question(clause)
+        denied = grammar.english_statement(grammar.replace(clause, negative=True))
+        assert re.search(r"^\w+ Ravi .*rest(ed|ing)?$", asked), (tense, asked)
+        assert re.search(r"not .*rest(ed|ing)?$|cannot rest$", denied), (tense, denied)
+    used = grammar.Clause(grammar.name_phrase("Ravi"), frame, "used to")
+    assert grammar.english_question(used) == "did Ravi use to rest"
+
+
 def test_own(corpus):
     """A possessive that matches its subject is अपना, one that does not never (H1)."""
     men = [n for n, (_, gender) in grammar.NAMES.items() if gender == "m"]
