@@ -856,7 +856,7 @@ HOSTILE = [
     "👨‍👩‍👧‍👦 🏳️‍🌈 🇮🇳 👍🏽 \U0001f9d1\u200d\U0001f4bb",
     "\U0010ffff\U00020000\ue000\ufffe\uffff\ufffd",
     "I'll we've don't IT'S 's' ''d '",
-    "١٢٣ ⅷ ² ½ x² 1,000.00 0x1F",
+    "١٢٣ ⅷ ² ½ x² 1,000.00 0x1F 20191000 1000000",
     "مرحبا בעולם \u202eabc\u202c",
     "<|endoftext", "<|endoftext |>", "a<|",
     "日本語の文章、한국어 문장。",
@@ -1643,7 +1643,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(capsys, corpus, tmp_path, monke
         capsys, *TRAIN, "--data", corpus, "--out", out, "--steps", 9, "--seed", 1
     )
     assert code == 2 and len(err.splitlines()) == 1
-    assert "step 4" in err and f"{out / 'checkpoint.pt'}, step 2" in err
+    assert (
+        "step 4: the loss is nan" in err and f"{out / 'checkpoint.pt'}, step 2" in err
+    )
     state = gpt2.read_torch(out / "checkpoint.pt")
     assert state["step"] == 2
     assert all(value.isfinite().all() for value in state["model"].values())
@@ -1686,9 +1688,10 @@ def test_compiled_training_is_the_same(capsys, corpus, tmp_path, monkeypatch, ba
     for name, more in flags.items():
         out = tmp_path / name
         assert "held out" in trained(capsys, corpus, out, *more)
-        log = gpt2.read_torch(out / "checkpoint.pt")["log"]
-        losses[name] = [row[key] for row in log for key in ("loss", "grad_norm")]
-        gpt2.Transformer.from_pretrained(out)  # no "_orig_mod." in its names
+        state = gpt2.read_torch(out / "checkpoint.pt")
+        assert not any("_orig_mod" in key for key in state["model"])
+        losses[name] = [row[k] for row in state["log"] for k in ("loss", "grad_norm")]
+        gpt2.Transformer.from_pretrained(out)
     assert len(used) == 1
     assert losses["run"] == pytest.approx(losses["plain"], rel=1e-4)
 
