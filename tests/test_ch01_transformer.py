@@ -572,7 +572,8 @@ MARIAN_IDS = {"pad_id": 96, "bos_id": 96, "eos_id": 0}
 
 def words(config, lengths=(8, 3, 7, 2, 4, 6, 5), seed=3):
     """Sources for `reversing`: rows of words and eos, padded."""
-    rows = padded(replace(config, vocab_size=15), lengths, max(lengths) + 1, seed)
+    words = SimpleNamespace(vocab_size=15, pad_id=config.pad_id)
+    rows = padded(words, lengths, max(lengths) + 1, seed)
     rows[range(len(lengths)), lengths] = config.eos_id
     return rows
 
