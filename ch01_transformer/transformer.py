@@ -1197,6 +1197,7 @@ class Training:
         state = {
             "config": asdict(self.model.config),
             "recipe": asdict(self.recipe),
+            "dtype": str(self.dtype).removeprefix("torch."),
             "step": self.step,
             "log": self.log,
             "source": self.source,
@@ -1782,7 +1783,8 @@ def run_train(args: argparse.Namespace) -> int:
     if args.init is not None:
         load_tensors(model, read_tensors(find_folder(args.init)), device=device)
     check_vocabulary(model, tokenizer)
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    usual = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = args.dtype or (state or {}).get("dtype") or usual
     training = Training(
         model, batches, held_out, recipe, getattr(torch, dtype), args.compile, str(data)
     )
@@ -2011,7 +2013,7 @@ class CommandLine(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake ends in one line on stderr and exit code 2."""
-    for stream_ in (sys.stdout, sys.stderr):
+    for stream_ in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a console of another encoding, or a notebook
             stream_.reconfigure(encoding="utf-8", errors="replace")
     args = parser().parse_args(argv)

@@ -976,12 +976,10 @@ class Batches:
         ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         pieces = [tokenizer.encode(document) + ends for document in documents]
         self.stream = torch.tensor([token for piece in pieces for token in piece])
+        if len(self.stream) < 2:
+            raise ValueError("the text is too short: nothing is left to be predicted")
+        T = min(T, len(self.stream) - 1)
         last = len(self.stream) - T - 1
-        if last < 0:
-            raise ValueError(
-                f"the text has {len(self.stream)} tokens; a window needs {T + 1}: "
-                "use a longer text or a smaller context"
-            )
         starts, start = [], 0
         for piece in pieces:
             starts += range(start, start + len(piece), T)
@@ -1152,6 +1150,7 @@ class Training:
         state = {
             "config": asdict(self.model.config),
             "recipe": asdict(self.recipe),
+            "dtype": str(self.dtype).removeprefix("torch."),
             "step": self.step,
             "log": self.log,
             "source": self.source,
@@ -1628,7 +1627,8 @@ def run_train(args: argparse.Namespace) -> int:
     if args.init is not None:
         load_tensors(model, read_tensors(find_folder(args.init)), device=device)
     check_vocabulary(model, tokenizer)
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    usual = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = args.dtype or (state or {}).get("dtype") or usual
     training = Training(
         model, batches, held_out, recipe, getattr(torch, dtype), args.compile, str(data)
     )
@@ -1845,7 +1845,7 @@ class CommandLine(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake ends in one line on stderr and exit code 2."""
-    for stream_ in (sys.stdout, sys.stderr):
+    for stream_ in (sys.stdin, sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a console of another encoding, or a notebook
             stream_.reconfigure(encoding="utf-8", errors="replace")
     args = parser().parse_args(argv)
