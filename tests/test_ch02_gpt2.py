@@ -1014,9 +1014,11 @@ def test_an_epoch_visits_every_window_once():
     assert torch.cat(list(batches.all())).tolist() == windows
 
 
-def test_too_short_a_text_is_refused():
-    with pytest.raises(ValueError, match="9 tokens.*11"):
-        gpt2.Batches(["abcdefgh"], BYTES, T=10, batch_size=1, seed=0)
+def test_a_short_text_gives_a_short_window_and_too_short_a_one_is_refused():
+    batches = gpt2.Batches(["abcdefgh"], BYTES, T=10, batch_size=1, seed=0)
+    assert batches.batch(0).tolist() == [[*b"abcdefgh", BYTES.eos_id]]
+    with pytest.raises(ValueError, match="too short"):
+        gpt2.Batches([""], BYTES, T=10, batch_size=1, seed=0)
 
 
 # --- training -------------------------------------------------------------------------
