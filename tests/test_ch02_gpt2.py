@@ -1500,7 +1500,7 @@ MISTAKES = {
     "blank data": (lambda d: [*TRAIN, "--data", write(d, "b.txt", b" \n")], "b.txt"),
     "short data": (
         lambda d: [*TRAIN, "--data", write(d, "s.txt", b"abc")],
-        "s.txt.*token",
+        "s.txt.*too short",
     ),
     "data not UTF-8": (
         lambda d: [*TRAIN, "--data", write(d, "l.txt", b"caf\xe9 " * 99)],
