@@ -742,21 +742,26 @@ def test_a_wide_beam_finds_the_best_of_all(length_penalty):
 
 
 class Fixed:
-    """Stands for a model whose next token depends on the last one alone."""
+    """Stands for a model whose next token depends on the last one alone.
 
-    def __init__(self, table):
+    Where the source begins with 5, `other` stands for `table`.
+    """
+
+    def __init__(self, table, other=None):
         """`table[last][next]` is a probability; ids: 0 pad, 1 bos, 2 eos, words."""
         self.config = SimpleNamespace(pad_id=0, bos_id=1, eos_id=2, max_seq_len=99)
-        self.table = torch.tensor(table, dtype=torch.float64).log()
+        tables = [table, other or table]
+        self.tables = torch.tensor(tables, dtype=torch.float64).log()
 
     def encode(self, source):
         return source[..., None].double(), source != 0
 
     def decode(self, target, memory, seen):
-        return F.one_hot(target, len(self.table)).double()
+        which = 1.0 + (memory[:, :1] == 5)  # (B, 1, 1)
+        return F.one_hot(target, self.tables.shape[1]) * which
 
     def logits(self, x):
-        return self.table[x.argmax(-1)]
+        return self.tables[x.amax(-1).long() - 1, x.argmax(-1)]
 
 
 # From bos: half the time the end at once, half the time word 3, then word 4, then the
@@ -801,6 +806,30 @@ def test_a_beam_finds_what_greedy_misses():
     assert trimmed(greedy, model.config)[0][0] == 5
     beam = ch1.beam_search(model, source, beams=2, max_new_tokens=9)
     assert trimmed(beam, model.config) == [[3, 4, 2]]
+
+
+def test_beams_that_end_make_room_for_others():
+    table = [row[:] for row in SHORT_OR_LONG]
+    table[1] = [0.0, 0.0, 0.40, 0.35, 0.25, 0.00]
+    table[3] = [0.0, 0.0, 0.30, 0.00, 0.30, 0.40]
+    model, source = Fixed(table), torch.tensor([[3, 4]])
+    # Two beams stay open when one has ended: 3 and 4. In two tokens, at penalty 3,
+    # log 0.40 = -0.916; 4 end: log 0.25 / (7/6)^3 = -0.873; 3 end: -2.254 / 1.588.
+    found = ch1.beam_search(
+        model, source, beams=2, length_penalty=3.0, max_new_tokens=2
+    )
+    assert trimmed(found, model.config) == [[4, 2]]
+
+
+def test_a_row_that_is_done_is_left_alone():
+    table, other = ([row[:] for row in SHORT_OR_LONG] for _ in range(2))
+    table[1] = [0.0, 0.0, 0.51, 0.49, 0.0, 0.0]  # greedy ends; 3 4 end scores higher
+    other[1] = [0.0, 0.0, 0.00, 1.00, 0.0, 0.0]
+    model, source = Fixed(table, other), torch.tensor([[3, 4], [5, 0]])
+    found = ch1.beam_search(
+        model, source, beams=1, length_penalty=1.0, max_new_tokens=9
+    )
+    assert trimmed(found, model.config) == [[2], [3, 4, 2]]
 
 
 @pytest.mark.parametrize("beams", [2, 3, 4])
