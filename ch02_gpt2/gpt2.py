@@ -154,7 +154,7 @@ TINY = Config(
     vocab_size=1025,
     max_seq_len=256,
     dim=128,
-    n_layers=4,
+    n_layers=3,
     n_heads=4,
     ffn_dim=512,
     dropout=0.0,
@@ -1009,17 +1009,17 @@ class Batches:
 class Recipe:
     """How to train: AdamW (arXiv:1711.05101), warm-up, cosine decay to a tenth."""
 
-    steps: int = 1500
-    batch_size: int = 16
+    steps: int = 5000
+    batch_size: int = 4
     accumulate: int = 1
-    lr: float = 3e-3
+    lr: float = 5e-3
     warmup: int = 100
     weight_decay: float = 0.1
     beta1: float = 0.9
-    beta2: float = 0.95
+    beta2: float = 0.99
     clip: float = 1.0
     dropout: float = 0.0
-    eval_every: int = 250
+    eval_every: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -1733,7 +1733,7 @@ def demo(json_path: str | None = None) -> dict:
         raise ValueError("the model differs from the reference; see the table above")
     say(f"\n2. A small GPT-2 learns from the stories in {DEFAULT_DATA.name}.\n")
     tokenizer = load_tokenizer(default_tokenizer())
-    recipe = Recipe(steps=220, warmup=20, eval_every=110)
+    recipe = Recipe(steps=600, warmup=50, eval_every=300)
     batches, held_out = open_data(DEFAULT_DATA, tokenizer, TINY, recipe)
     torch.manual_seed(recipe.seed)
     training = Training(Transformer(TINY), batches, held_out, recipe)
