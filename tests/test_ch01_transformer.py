@@ -1314,7 +1314,9 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path, monkeypatch, capsys):
         for key, weight in weights_in(tmp_path / name).items():
             assert torch.equal(weight, straight[key]), f"{name}: {key}"
     refused(
-        ["train", "--data", data, "--out", tmp_path / "stopped"], capsys, "--resume"
+        ["train", "--data", data, "--out", tmp_path / "stopped", "--steps", "1"],
+        capsys,
+        "--resume",
     )
     write_pairs(tmp_path / "pairs.tsv", [*PAIRS[1:], PAIRS[0], UNSEEN])
     again = ["train", "--out", tmp_path / "stopped", "--resume", "--steps", "9"]
