@@ -511,15 +511,49 @@ HELD_OUT_RED = [
 
 def test_splits_are_compositional(splits):
     train, test = splits["train"], splits["test"]
-    assert not any(grammar.held_out(c) for pair in train for c in pair.combinations)
-    assert all(any(map(grammar.held_out, pair.combinations)) for pair in test)
     seen = {c for pair in train for c in pair.combinations}
-    assert all(set(pair.combinations) - seen for pair in test)
-    kinds = Counter(c[0] for p in test for c in p.combinations if grammar.held_out(c))
+    new = [set(filter(grammar.held_out, p.combinations)) - seen for p in test]
+    assert all(new), "every test pair holds a combination that training never shows"
+    kinds = Counter(c[0] for found in new for c in found)
     assert set(kinds) == {
         "verb-object", "adjective-noun", "subject-verb", "preposition-place"
     }  # fmt: skip
     assert min(kinds.values()) >= 30, kinds
+
+
+def test_a_word_is_well_known_without_what_is_held_out():
+    """By hand: box is in "in the box" 6 times of 8, shop in "in the shop" 1 of 9."""
+
+    def pair(n, *combination):
+        return [grammar.Pair(str(i), "", (combination,)) for i in range(n)]
+
+    kind = "preposition-place"
+    places = ["box", "shop", *(f"place {i}" for i in range(40))]
+    marked = [p for p in places if grammar.held_out((kind, "in", p))]
+    free = [p for p in places if p not in marked][:8]
+    place = marked[0]
+    often = [*pair(6, kind, "in", place), *pair(2, kind, "near", place)]
+    rare = [*pair(1, kind, "in", place), *pair(8, kind, "near", place)]
+    others = [p for name in free for p in pair(9, kind, "in", name)]
+    assert (kind, "in", place) not in grammar.held_out_combinations(often + others)
+    assert (kind, "in", place) in grammar.held_out_combinations(rare + others)
+
+
+def test_the_corpus_has_no_rare_words(splits):
+    everything = splits["train"] + splits["test"]
+    counts = Counter(w for p in splits["train"] for w in set(grammar.pair_words(p)))
+    assert min(counts.values()) >= 8, "each word of the corpus is met again and again"
+    words = {w for pair in everything for w in grammar.pair_words(pair)}
+    assert words == set(counts)
+
+
+def test_well_attested_drops_again_what_became_rare():
+    """`c` falls below half only after the pair with `x` is gone."""
+    made = ["a b", "a b", "a c", "a c", "c x"]
+    drawn = [grammar.Pair(text, "", ()) for text in made]
+    kept = grammar.well_attested(drawn, share=0.41)
+    assert [pair.english for pair in kept] == ["a b", "a b", "a c", "a c"]
+    assert grammar.well_attested(drawn, share=0.55) == []
 
 
 def test_splits_are_disjoint_and_distinct(splits):
