@@ -715,8 +715,10 @@ def beam_search(
     them scores above all that are open, or when none of these could overtake it any
     more. Returns (B, T) ids from bos on, padded.
     """
-    if beams < 1:
-        raise ValueError(f"beams is {beams}; it must be positive")
+    if beams < 1 or not length_penalty >= 0:
+        raise ValueError(
+            f"beams {beams}, length_penalty {length_penalty}: need at least 1 and 0"
+        )
     config, B, device = model.config, source.shape[0], source.device
     limit = new_token_limit(model, source, max_new_tokens)
 
@@ -843,7 +845,7 @@ def marian_tokenizer(files: dict[str, bytes]) -> Tokenizer:
 
 
 def train_tokenizer(pairs: Sequence[tuple[str, str]], vocab_size: int) -> Tokenizer:
-    """One SentencePiece vocabulary for both languages (§5.1), in Marian's three files.
+    """One byte-pair vocabulary for both languages (§5.1), in Marian's three files.
 
     Text is normalised to NFKC and English to lower case; the trainer is deterministic.
     """
@@ -856,6 +858,7 @@ def train_tokenizer(pairs: Sequence[tuple[str, str]], vocab_size: int) -> Tokeni
     SentencePieceTrainer.train(
         sentence_iterator=(sentence for pair in pairs for sentence in pair),
         model_writer=written,
+        model_type="bpe",
         vocab_size=vocab_size,
         hard_vocab_limit=False,  # a small corpus gives a smaller vocabulary
         character_coverage=1.0,
@@ -1022,20 +1025,20 @@ class Recipe:
     (D · warmup)^-1/2; "cosine" falls to a tenth over the remaining steps.
     """
 
-    steps: int = 3000
-    batch_tokens: int = 1600
+    steps: int = 6000
+    batch_tokens: int = 800
     accumulate: int = 1
     lr: float = 3e-3
     warmup: int = 100
     schedule: str = "cosine"
-    weight_decay: float = 0.0
+    weight_decay: float = 0.2
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-9
     clip: float = 1.0
     dropout: float = 0.0
     label_smoothing: float = 0.0
-    eval_every: int = 500
+    eval_every: int = 2000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -1052,14 +1055,16 @@ class Recipe:
             raise ValueError(f"schedule {self.schedule!r}: cosine or inverse_sqrt")
 
 
-# The paper's own recipe (§5.3, §5.4, 25,000 tokens a side in a batch), and the one that
-# learns fastest on a laptop: no dropout, no smoothing, a higher rate that falls off.
+# The paper's own recipe: §5.3, §5.4, 25,000 tokens a side in a batch. The defaults
+# above are the one that learns fastest on a laptop: small batches, a higher rate that
+# falls off, and weight decay in place of dropout and smoothing.
 PAPER = Recipe(
     steps=100_000,
     batch_tokens=50_000,
     lr=512**-0.5 * 4000**-0.5,
     warmup=4000,
     schedule="inverse_sqrt",
+    weight_decay=0.0,
     clip=math.inf,
     dropout=0.1,
     label_smoothing=0.1,
@@ -1079,15 +1084,21 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Adam as in §5.3 (AdamW, without decay the same)."""
+    """AdamW (arXiv:1711.05101), its decay on matrices only: not on biases, nor norms.
+
+    Without decay it is Adam.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [p for p in trained if p.dim() >= 2],
+            "weight_decay": recipe.weight_decay,
+        },
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (recipe.beta1, recipe.beta2)
     return torch.optim.AdamW(
-        trained,
-        lr=recipe.lr,
-        betas=(recipe.beta1, recipe.beta2),
-        eps=recipe.eps,
-        weight_decay=recipe.weight_decay,
-        fused=True,
+        groups, lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True
     )
 
 
@@ -1883,7 +1894,7 @@ def demo(json_path: str | None = None) -> dict:
     if not show_distances(rows, torch.float32):
         raise ValueError("the model differs from the reference; see the table above")
     say(f"\n2. A small transformer learns from the pairs in {DEFAULT_DATA.name}.\n")
-    recipe = replace(RECIPES["laptop"], steps=700, eval_every=350)
+    recipe = replace(RECIPES["laptop"], steps=1200, eval_every=600)
     pairs = split_pairs(DEFAULT_DATA)[0]
     tokenizer = train_tokenizer(pairs, TINY.vocab_size)
     config = fit_vocabulary(TINY, tokenizer)

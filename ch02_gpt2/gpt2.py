@@ -23,7 +23,7 @@ Lineage: from ch01_transformer/transformer.py
         Transformer.reset_parameters Transformer.forward HF_MODULES HF_NAMES REDUNDANT
         STAGES canonical to_ours to_theirs Tokenizer byte_tokenizer load_tokenizer
         Batches Batches.__init__ Batches.batch Batches.all Recipe Recipe.__post_init__
-        learning_rate make_optimizer loss count_tokens to_device small_config reference
+        learning_rate loss count_tokens to_device small_config reference
         reference_inputs verify_inputs open_data choose report example DEFAULT_DATA demo
         parser add_train
     new: GPT2_124M GPT2_355M GPT2_774M GPT2_1558M Block Transformer.hidden sample stream
@@ -1017,6 +1017,7 @@ class Recipe:
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.99
+    eps: float = 1e-8
     clip: float = 1.0
     dropout: float = 0.0
     eval_every: int = 1000
@@ -1043,15 +1044,22 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only: not on biases, nor on norms."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    """AdamW (arXiv:1711.05101), its decay on matrices only: not on biases, nor norms.
+
+    Without decay it is Adam.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {
+            "params": [p for p in trained if p.dim() >= 2],
+            "weight_decay": recipe.weight_decay,
+        },
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (recipe.beta1, recipe.beta2)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True
+    )
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
