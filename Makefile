@@ -1,9 +1,6 @@
 # Each command sets up .venv first, where it is missing or older than requirements.txt.
 # Written for GNU Make 3.81, which macOS ships.
 
-OMP_WAIT_POLICY ?= passive
-export OMP_WAIT_POLICY
-
 ifeq ($(OS),Windows_NT)
 PYTHON ?= python
 BIN := .venv/Scripts
@@ -43,7 +40,7 @@ test: $(READY)
 	@$(BIN)/python -m pytest
 
 lab: $(READY)
-	@$(BIN)/python -m jupyter lab
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m jupyter lab
 
 verify: $(READY)
 	@$(BIN)/python tests/demo.py verify

@@ -43,6 +43,10 @@ def sources(chapter: Chapter) -> list[str]:
     return [*(f"{chapter.path}::{name}" for name in names), data, *tokenizer]
 
 
+# What is kept of the log, of some two hundred of its rows and of all evaluations.
+SHOWN = ("step", "loss", "held_out", "lr", "grad_norm")
+
+
 def record_verify(chapter: Chapter) -> None:
     """The table of `verify`: how far each stage is from Hugging Face's."""
     rows = load(chapter).verify()
@@ -71,11 +75,9 @@ def run_training(chapter: Chapter, out: Path, flags: list[str]) -> dict:
         "tokens_per_second": sum(int(row["tokens"]) for row in log) / in_steps,
         "held_out": float(tested[-1]["held_out"]),
         "log": [
-            {key: float(row[key]) for key in ("step", "loss", "lr", "grad_norm")}
-            for row in log[:: max(1, len(log) // 200)]
-        ],
-        "held_out_log": [
-            {key: float(row[key]) for key in ("step", "held_out")} for row in tested
+            {key: float(row[key]) if row[key] else None for key in SHOWN}
+            for i, row in enumerate(log)
+            if row["held_out"] or i % max(1, len(log) // 200) == 0
         ],
     }
     evaluation = out / "evaluation.json"
@@ -116,10 +118,10 @@ def record_train(chapter: Chapter) -> None:
 RECIPES = {
     "tiny_paper": [
         "--recipe=paper",
-        "--steps=3000",
+        "--steps=6000",
         "--batch-tokens=800",
         f"--lr={(128 * 4000) ** -0.5}",
-        "--eval-every=1000",
+        "--eval-every=2000",
     ],
     "base_paper": [
         "--preset=TRANSFORMER_BASE",
