@@ -1802,7 +1802,7 @@ def run_train(args: argparse.Namespace) -> int:
     if state is not None:
         training.restore(state)
     out.mkdir(parents=True, exist_ok=True)  # where it cannot be, say so before training
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{count:,} parameters, {recipe.steps} steps on {device.type}, data {data}")
     if training.step >= recipe.steps:
         say(f"Step {training.step} is reached already; --steps N goes on to N.")

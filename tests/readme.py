@@ -169,12 +169,13 @@ def computed(expression: str, path: Path, root: Path) -> Any:
 
 
 def params(config: Any) -> int:
-    """The parameters of the Transformer of `config`; a tied matrix counts once."""
+    """The trained parameters of the Transformer of `config`; a tied one counts once."""
     import torch
 
     module = sys.modules[type(config).__module__]
     with torch.device("meta"):
-        return sum(p.numel() for p in module.Transformer(config).parameters())
+        model = module.Transformer(config)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def chapters_table(path: Path, root: Path) -> str:
