@@ -860,8 +860,14 @@ def test_rows_that_do_not_end_are_returned_unfinished(search):
 
 
 def test_no_beams_are_refused():
-    with pytest.raises(ValueError, match="beams is 0"):
+    with pytest.raises(ValueError, match="beams 0"):
         ch1.beam_search(random_model(), torch.tensor([[5]]), beams=0)
+
+
+@pytest.mark.parametrize("penalty", [-0.1, math.nan])
+def test_a_length_penalty_below_zero_is_refused(penalty):
+    with pytest.raises(ValueError, match=f"length_penalty {penalty}"):
+        ch1.beam_search(random_model(), torch.tensor([[5]]), length_penalty=penalty)
 
 
 # --- tokenizers -----------------------------------------------------------------------
@@ -1493,7 +1499,7 @@ def test_bad_sentences_are_refused(trained, capsys):
     command = ["translate", "--model", trained]
     refused([*command, " "], capsys, "empty sentence")
     refused([*command, "cow " * 300], capsys, "256")
-    refused([*command, "--beams", "0", "a."], capsys, "beams is 0")
+    refused([*command, "--beams", "0", "a."], capsys, "beams 0")
     refused([*command, "--device", "nowhere", "a."], capsys, "nowhere")
 
 
