@@ -1671,12 +1671,11 @@ def check_vocabulary(model: Transformer, tokenizer: Tokenizer) -> None:
         )
 
 
-def example(model: Transformer, tokenizer: Tokenizer) -> str:
-    """A short text that the model writes, on one line."""
-    tokens = torch.tensor(
-        [tokenizer.encode("One day")], device=model.embed.weight.device
-    )
-    n = min(40, model.config.max_seq_len - tokens.shape[1])
+def example(model: Transformer, tokenizer: Tokenizer, prompt: str = "One day") -> str:
+    """A short text that the model writes after `prompt`, on one line."""
+    ids = tokenizer.encode(prompt)[-model.config.max_seq_len // 2 :]
+    tokens = torch.tensor([ids], device=model.embed.weight.device)
+    n = min(60, model.config.max_seq_len - len(ids))
     generator = torch.Generator(tokens.device).manual_seed(0)
     out = generate(model, tokens, n, temperature=0.8, generator=generator)
     return " ".join(tokenizer.decode(out[0].tolist()).split())
@@ -1741,14 +1740,15 @@ def demo(json_path: str | None = None) -> dict:
         raise ValueError("the model differs from the reference; see the table above")
     say(f"\n2. A small GPT-2 learns from the stories in {DEFAULT_DATA.name}.\n")
     tokenizer = load_tokenizer(default_tokenizer())
-    recipe = Recipe(steps=600, warmup=50, eval_every=300)
+    recipe = Recipe(steps=900, warmup=50, eval_every=450)
     batches, held_out = open_data(DEFAULT_DATA, tokenizer, TINY, recipe)
     torch.manual_seed(recipe.seed)
     training = Training(Transformer(TINY), batches, held_out, recipe)
     out = Path("out") / HERE.parent.name / "demo"
     train(training, tokenizer, out)
     say("\n3. It continues the opening of a story that it has not seen.\n")
-    said = example(training.model, tokenizer)
+    unseen = split_documents(read_text(DEFAULT_DATA))[1][0]
+    said = example(training.model, tokenizer, unseen.partition(". ")[0] + ".")
     say(said)
     say(f"\nThe model is in {out}. Try next:")
     say(f"  python {sys.argv[0]} generate --model {out} --prompt 'The old dog'")
