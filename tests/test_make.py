@@ -32,7 +32,12 @@ def make(folder, *arguments):
     return subprocess.run(
         ["make", *arguments],
         cwd=folder,
-        env={k: v for k, v in os.environ.items() if k not in ("PYTHON", "MAKEFLAGS")},
+        # `make test` runs these tests: its own level and flags are not for this make.
+        env={
+            name: value
+            for name, value in os.environ.items()
+            if name != "PYTHON" and not name.startswith(("MAKE", "MFLAGS"))
+        },
         capture_output=True,
         encoding="utf-8",
         timeout=300,
