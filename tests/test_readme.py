@@ -442,3 +442,22 @@ def test_a_malformed_record_is_named(book):
     assert "train.json: train.json lacks machine" in results.problems(book)[0]
     Path(path).write_text("{", encoding="utf-8")
     assert "train.json: " in results.problems(book)[0]
+
+
+def test_what_cannot_be_fetched_is_told_from_what_is_wrong(tmp_path):
+    def needs(text):
+        return readme.needs_hub(readme.Command(1, text, False), tmp_path)
+
+    assert needs("python data/download.py gpt2")
+    assert needs("python ch02_gpt2/gpt2.py verify --model data/hub/gpt2")
+    assert not needs("python ch02_gpt2/gpt2.py verify")
+    (tmp_path / "data/hub/gpt2").mkdir(parents=True)
+    assert not needs("python ch02_gpt2/gpt2.py verify --model data/hub/gpt2")
+
+
+def test_a_make_target_with_shell_in_it_is_not_run_as_one_script():
+    def script(text):
+        return readme.recipe(readme.Command(1, text, False), readme.ROOT)
+
+    assert script("make demo") == "python tests/demo.py demo"
+    assert script("make test") is None, "its download goes on after an error"
