@@ -2885,7 +2885,8 @@ def faults(story: str) -> list[str]:
     for match in NAME_KIND.finditer(story):
         name, kind = match["n1"] or match["n2"], match["k1"] or match["k2"]
         if KINDS[name] != kind:
-            found.append(f"kind: {name} is called a {kind}, not a {KINDS[name]}")
+            wrong = f"{name} is called a {kind}, not a {KINDS[name]}"
+            found.append(f"kind: {a_or_an(wrong)}")
     for name in names:
         if not introduced(story, name):
             found.append(f"stranger: {name} is never introduced")

@@ -96,7 +96,10 @@ def measure(module: ModuleType, folder: Path, n: int) -> dict:
 
 def reader(folder: Path) -> ModuleType:
     """The first chapter that reads the model in `folder` and was made for stories."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no model in {folder}: it holds no config.json")
+    config = json.loads(path.read_text(encoding="utf-8"))
     for chapter in discover():
         module = load(chapter)
         if module.DEFAULT_DATA.name == "stories.txt":
