@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 READY := .venv/.installed
 
-.PHONY: help setup demo test lab verify bench check-readme
+.PHONY: help setup demo test fetch-demo fetch-test lab verify bench check-readme
 
 help:
 	@echo 'make demo          check every chapter against Hugging Face, train it, show its output'
@@ -29,15 +29,24 @@ help:
 
 setup: $(READY)
 
-demo: $(READY)
+demo: fetch-demo
 	@$(BIN)/python tests/demo.py demo
 
-# Exit code 2 of the download is a network that cannot be reached: one line says so.
-test: $(READY)
-	@$(BIN)/python data/download.py smollm2 gpt2-tokenizer || { code=$$?; \
-	  test $$code -eq 2 || exit $$code; \
-	  echo 'make test goes on without what could not be fetched; what needs it is skipped and named at the end.'; }
+test: fetch-test
 	@$(BIN)/python -m pytest
+
+# What a command uses of data/download.py, and what becomes of it without a network. The
+# download names each size before it starts, and only looks where all is there.
+FETCH_demo := smollm2
+WITHOUT_demo := the chapter that uses it says so
+FETCH_test := smollm2 gpt2-tokenizer llama3-tokenizer
+WITHOUT_test := what needs it is skipped and named at the end
+
+# Exit code 2 of the download is a network that cannot be reached: one line says so.
+fetch-demo fetch-test: fetch-%: $(READY)
+	@$(BIN)/python data/download.py $(FETCH_$*) || { code=$$?; \
+	  test $$code -eq 2 || exit $$code; \
+	  echo 'make $* goes on without what could not be fetched; $(WITHOUT_$*).'; }
 
 lab: $(READY)
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m jupyter lab

