@@ -6,10 +6,25 @@
 For every chapter that has a model of Hugging Face's to compare with, the same weights'
 shapes, the same inputs and the same process: a forward pass of its smallest published
 size, and a training step (AdamW, fused; cross-entropy on the logits; no dropout) of a
-size that a laptop trains. The two sides take turns, so that a busy machine slows both;
-"ratio" is the median of ours over the median of theirs, below 1 where ours is faster.
-"of GEMM" is our rate of arithmetic, in the products of matrices alone, over that of one
-large product.
+size that a laptop trains. Where every published size is too large to have two of, the
+model in `data/smollm2` takes its place, if it is there and the chapter can read it.
+The two sides take turns, so that a busy machine slows both; "ratio" is the median of
+ours over the median of theirs, below 1 where ours is faster. "of GEMM" is our rate of
+arithmetic, in the products of matrices alone, over that of one large product.
+
+Where a model has a cache, two more: a prefill, which reads a prompt into a fresh cache
+and gives the logits after its last token; and a decode step, one token a row behind
+those that the cache holds. "at 100" says how many it holds, at every measurement: the
+step is undone after each, outside the time. Hugging Face's side is its `forward` with
+the cache that its `generate` uses unless asked otherwise, a DynamicCache, which copies
+the old keys and values at every step to join the new ones to them. The rest of
+`generate` is timed on neither side.
+
+"GB/s" is what our decode step has to read, once, over its time: every weight but the
+tables of which it needs a few rows, and the keys and values that are cached. "of
+memory" is that over the rate at which 512 MiB of float32 are summed, which reads them
+in order and writes nothing. It is about memory only where the weights are too large for
+the processor's own caches; a step of TINY waits for Python.
 """
 
 import argparse
@@ -26,7 +41,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from chapters import Chapter, discover, find, load
+from chapters import ROOT, Chapter, discover, find, load
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,35 +49,91 @@ ROUNDS = 7
 # Sizes (batch, tokens) of a forward pass: one long sequence, and several shorter ones.
 FORWARD = [(1, 256), (4, 128)]
 TRAINING = (8, 256)
+PREFILL = 512
+# Cached tokens before a decode step, and the rows of a batch.
+CACHED = [100, 1000]
+DECODING = [1, 8]
+# A decode step is short: it is timed this many times a round.
+STEPS = 5
+# Room of our caches, in tokens; a step must not depend on it.
+ROOM = 1024
+SMOLLM2 = ROOT / "data" / "smollm2"
 # A published preset above this is left to machines that have the memory for two.
 LARGEST = 400e6
 
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration, a batch, and whether a training step is taken."""
+    """What is measured: "forward", "step" of training, "prefill" or "decode".
+
+    `cached` is how many tokens a decode step finds in the cache; `folder` holds the
+    weights of both sides, which are random without it.
+    """
 
     chapter: Chapter
     label: str
     config: Any
     size: tuple[int, int]
-    training: bool
+    kind: str
+    cached: int = 0
+    folder: Path | None = None
+
+
+@dataclass
+class Side:
+    """One of the two that take turns: what is timed, and what follows each time."""
+
+    run: Callable[[], Any]
+    undo: Callable[[], Any] = lambda: None
 
 
 def cases(chapter: Chapter, quick: bool) -> Iterator[Case]:
-    """What is measured of a chapter, by its presets."""
+    """What is measured of a chapter: of a real size where there is one, and of TINY."""
     module = load(chapter)
-    tiny = replace(module.TINY, dropout=0.0)
-    name, config = published(module)
-    if quick or name is None:
-        name, config = "TINY", tiny
+    tiny = plain(module.TINY)
+    name, config, folder = ("TINY", tiny, None) if quick else real_size(module)
     for size in FORWARD:
-        yield Case(chapter, f"{name} forward", config, size, False)
+        yield Case(chapter, f"{name} forward", config, size, "forward", folder=folder)
     if quick:
-        yield Case(chapter, "TINY step", tiny, (4, 64), True)
+        yield Case(chapter, "TINY step", tiny, (4, 64), "step")
     else:
         wide = replace(tiny, dim=3 * tiny.dim, ffn_dim=3 * tiny.ffn_dim)
-        yield Case(chapter, f"TINY step, D {wide.dim}", wide, TRAINING, True)
+        yield Case(chapter, f"TINY step, D {wide.dim}", wide, TRAINING, "step")
+    if not hasattr(module.Transformer, "new_cache"):
+        return
+    longest = config.max_seq_len
+    size = (1, min(PREFILL, longest))
+    yield Case(chapter, f"{name} prefill", config, size, "prefill", folder=folder)
+    for batch in DECODING:
+        for cached in sorted({min(tokens, longest - 1) for tokens in CACHED}):
+            label = f"{name} decode at {cached}"
+            yield Case(chapter, label, config, (batch, 1), "decode", cached, folder)
+
+
+def plain(config: Any) -> Any:
+    """The same without dropout, where it has any."""
+    return replace(config, dropout=0.0) if hasattr(config, "dropout") else config
+
+
+def real_size(module: ModuleType) -> tuple[str, Any, Path | None]:
+    """A name, a configuration, and the folder of its weights unless they are random."""
+    name, config = published(module)
+    if name is not None:
+        return name, config, None
+    if (config := readable(module, SMOLLM2)) is not None:
+        return SMOLLM2.name, plain(config), SMOLLM2
+    return "TINY", plain(module.TINY), None
+
+
+def readable(module: ModuleType, folder: Path) -> Any | None:
+    """The configuration of the model in `folder`, if it is there and of the chapter."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        return module.Config.from_hf(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        return None
 
 
 def published(module: ModuleType) -> tuple[str | None, Any]:
@@ -76,7 +147,7 @@ def published(module: ModuleType) -> tuple[str | None, Any]:
     name = min(sizes, key=sizes.get, default=None)
     if name is None or sizes[name] > LARGEST:
         return None, None
-    return name, replace(module.presets()[name], dropout=0.0)
+    return name, plain(module.presets()[name])
 
 
 def inputs(module: ModuleType, config: Any, size: tuple[int, int]) -> list[Tensor]:
@@ -92,6 +163,18 @@ def inputs(module: ModuleType, config: Any, size: tuple[int, int]) -> list[Tenso
         skip = config.vocab_size if config.pad_id is None else config.pad_id
         found.append(ids + (ids >= skip))
     return found
+
+
+def pair(case: Case, device: str) -> tuple[nn.Module, nn.Module]:
+    """Ours and Hugging Face's model of a case."""
+    module = load(case.chapter)
+    if case.folder is None:
+        torch.manual_seed(0)
+        ours, theirs = module.Transformer(case.config), module.reference(case.config)
+    else:
+        ours = module.Transformer.from_pretrained(case.folder)
+        theirs = module.reference(case.folder)
+    return ours.to(device).eval(), theirs.to(device).eval()
 
 
 def work(
@@ -122,26 +205,89 @@ def work(
     return step
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
-    """The time of one call."""
+@torch.inference_mode()
+def prefill(model: nn.Module, tokens: Tensor) -> Any:
+    """Our cache after `tokens`, and the logits of the last one computed, as to sample.
+
+    The head sees one position a row: that is all a prompt is read for.
+    """
+    room = min(model.config.max_seq_len, ROOM)
+    cache = model.new_cache(len(tokens), room)
+    model.head(model.hidden(tokens, cache)[:, -1:])
+    return cache
+
+
+@torch.inference_mode()
+def their_prefill(model: nn.Module, tokens: Tensor) -> Any:
+    """The same of Hugging Face's, as its `generate` does it."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def at_one_place(
+    run: Callable[[], Any], length: Callable[[], int], cached: int
+) -> Callable[[], Any]:
+    """`run` in inference mode; RuntimeError unless it goes from `cached` to one more.
+
+    A cache that grows from step to step would be a longer one at each measurement.
+    """
+
+    def step() -> Any:
+        before = length()
+        with torch.inference_mode():
+            out = run()
+        if (before, length()) != (cached, cached + 1):
+            raise RuntimeError(
+                f"a decode step at {cached} went from {before} to {length()} tokens"
+            )
+        return out
+
+    return step
+
+
+def decode(model: nn.Module, prompt: Tensor, tokens: Tensor) -> tuple[Side, Any]:
+    """Our decode step behind `prompt`, taken back after each time, and its cache."""
+    cache, cached = prefill(model, prompt), prompt.shape[1]
+    step = at_one_place(
+        lambda: model(tokens, cache=cache), lambda: cache.length, cached
+    )
+    return Side(step, lambda: cache.truncate(cached)), cache
+
+
+def their_decode(model: nn.Module, prompt: Tensor, tokens: Tensor) -> tuple[Side, Any]:
+    """The same of Hugging Face's."""
+    cache, cached = their_prefill(model, prompt), prompt.shape[1]
+    step = at_one_place(
+        lambda: model(tokens, past_key_values=cache, use_cache=True),
+        cache.get_seq_length,
+        cached,
+    )
+    return Side(step, lambda: cache.crop(-1)), cache
+
+
+def seconds(side: Side, device: str) -> float:
+    """The time of one call, after which it is undone."""
     started = time.perf_counter()
-    run()
+    side.run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    taken = time.perf_counter() - started
+    side.undo()
+    return taken
 
 
-def take_turns(
-    runs: list[Callable[[], None]], rounds: int, device: str
-) -> list[list[float]]:
-    """The times of each of `runs`, called in turn, the first one alternating."""
-    for run in runs:
-        seconds(run, device)  # allocators and thread pools warm up
-    times: list[list[float]] = [[] for _ in runs]
+def take_turns(sides: list[Side], rounds: int, device: str) -> list[list[float]]:
+    """The times of each of `sides`, called in turn, the first one alternating."""
+    for side in sides:
+        seconds(side, device)  # allocators and thread pools warm up
+    times: list[list[float]] = [[] for _ in sides]
     for i in range(rounds):
-        order = range(len(runs)) if i % 2 == 0 else reversed(range(len(runs)))
+        order = range(len(sides)) if i % 2 == 0 else reversed(range(len(sides)))
         for which in order:
-            times[which].append(seconds(runs[which], device))
+            times[which].append(seconds(sides[which], device))
     return times
 
 
@@ -149,57 +295,127 @@ def gemm_rate(device: str) -> float:
     """FLOP/s of a float32 matrix product of 1024 by 1024, the median of 15."""
     n = 1024
     a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    (times,) = take_turns([lambda: a @ b], 15, device)
+    (times,) = take_turns([Side(lambda: a @ b)], 15, device)
     return 2 * n**3 / statistics.median(times)
+
+
+def memory_rate(device: str) -> float:
+    """Bytes/s of reading 512 MiB of float32 in order for their sum, the median of 9."""
+    numbers = torch.ones(1 << 27, device=device)
+    (times,) = take_turns([Side(numbers.sum)], 9, device)
+    return numbers.nbytes / statistics.median(times)
+
+
+def bytes_read(model: nn.Module, cache: Any, cached: int) -> int:
+    """What a decode step with `cached` tokens in our `cache` has to read at least.
+
+    Of a table of embeddings that is a row or two, unless the head is the same matrix.
+    All other weights count, so a mixture of experts would need a count of its own.
+    """
+    weights = {
+        parameter
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    room = min(model.config.max_seq_len, ROOM)
+    return sum(weight.nbytes for weight in weights) + cache.nbytes // room * cached
 
 
 def measure(case: Case, rounds: int, device: str) -> dict:
     """One row of the table."""
+    return (measure_decode if case.kind == "decode" else measure_pass)(
+        case, rounds, device
+    )
+
+
+def measure_pass(case: Case, rounds: int, device: str) -> dict:
+    """A forward pass, a training step or a prefill, against the rate of a product."""
     module, config = load(case.chapter), case.config
-    torch.manual_seed(0)
-    ours = module.Transformer(config).to(device)
-    theirs = module.reference(config).to(device)
+    ours, theirs = pair(case, device)
     batch = [ids.to(device) for ids in inputs(module, config, case.size)]
-    asked = module.reference_inputs(config, *batch)
-    target = batch[-1].roll(-1, 1)
-    runs = [
-        work(ours, lambda: ours(*batch), target, case.training),
-        work(theirs, lambda: theirs(**asked, use_cache=False), target, case.training),
-    ]
+    if case.kind == "prefill":
+        sides = [
+            Side(lambda: prefill(ours, *batch)),
+            Side(lambda: their_prefill(theirs, *batch)),
+        ]
+    else:
+        asked = module.reference_inputs(config, *batch)
+        target, training = batch[-1].roll(-1, 1), case.kind == "step"
+        sides = [
+            Side(work(ours, lambda: ours(*batch), target, training)),
+            Side(
+                work(theirs, lambda: theirs(**asked, use_cache=False), target, training)
+            ),
+        ]
     with FlopCounterMode(display=False) as counter:
-        runs[0]()
+        sides[0].run()
     rate = gemm_rate(device)
-    mine, other = take_turns(runs, rounds, device)
-    a, b = statistics.median(mine), statistics.median(other)
-    row = {
-        "chapter": case.chapter.name,
-        "what": case.label,
-        "batch": list(batch[0].shape),
-        "ours_ms": a * 1e3,
-        "theirs_ms": b * 1e3,
-        "ratio": a / b,
-        "best_ratio": min(mine) / min(other),
-        "gflops": counter.get_total_flops() / a / 1e9,
-        "gemm_gflops": rate / 1e9,
-    }
+    row = compared(case, list(batch[0].shape), take_turns(sides, rounds, device))
+    row["gflops"] = counter.get_total_flops() / row["ours_ms"] / 1e6
+    row["gemm_gflops"] = rate / 1e9
     row["of_gemm"] = row["gflops"] / row["gemm_gflops"]
     return row
 
 
+def measure_decode(case: Case, rounds: int, device: str) -> dict:
+    """A decode step, against the rate at which the machine reads its memory."""
+    module = load(case.chapter)
+    ours, theirs = pair(case, device)
+    (ids,) = inputs(module, case.config, (case.size[0], case.cached + 1))
+    prompt, tokens = ids.to(device).split([case.cached, 1], dim=1)
+    mine, cache = decode(ours, prompt, tokens)
+    other, _ = their_decode(theirs, prompt, tokens)
+    rate = memory_rate(device)
+    times = take_turns([mine, other], STEPS * rounds, device)
+    row = compared(case, list(case.size), times)
+    row["cached"] = case.cached
+    row["tokens_per_second"] = case.size[0] / row["ours_ms"] * 1e3
+    row["bytes"] = bytes_read(ours, cache, case.cached)
+    row["gb_per_second"] = row["bytes"] / row["ours_ms"] / 1e6
+    row["memory_gb_per_second"] = rate / 1e9
+    row["of_memory"] = row["gb_per_second"] / row["memory_gb_per_second"]
+    return row
+
+
+def compared(case: Case, batch: list[int], times: list[list[float]]) -> dict:
+    """What every row has: ours beside theirs."""
+    a, b = (statistics.median(side) for side in times)
+    return {
+        "chapter": case.chapter.name,
+        "what": case.label,
+        "batch": batch,
+        "ours_ms": a * 1e3,
+        "theirs_ms": b * 1e3,
+        "ratio": a / b,
+        "best_ratio": min(times[0]) / min(times[1]),
+    }
+
+
 HEADER = (
     f"{'chapter':<18} {'what':<26} {'batch':>8} {'ours':>10} {'theirs':>10} "
-    f"{'ratio':>6} {'GFLOP/s':>8} {'of GEMM':>8}"
+    f"{'ratio':>6} {'GFLOP/s':>8} {'of GEMM':>8} {'GB/s':>6} {'of memory':>9}"
 )
 
 
 def line(row: dict) -> str:
-    """A row as text."""
+    """A row as text; of the two limits of the machine it has one."""
     batch = " x ".join(map(str, row["batch"]))
+    if "of_gemm" in row:
+        limits = f"{row['gflops']:>8.1f} {row['of_gemm']:>8.0%}"
+    else:
+        limits = f"{'':>17} {row['gb_per_second']:>6.1f} {row['of_memory']:>9.0%}"
     return (
         f"{row['chapter']:<18} {row['what']:<26} {batch:>8} {row['ours_ms']:>7.1f} ms "
-        f"{row['theirs_ms']:>7.1f} ms {row['ratio']:>6.2f} {row['gflops']:>8.1f} "
-        f"{row['of_gemm']:>8.0%}"
+        f"{row['theirs_ms']:>7.1f} ms {row['ratio']:>6.2f} {limits}"
     )
+
+
+def count(text: str) -> int:
+    """A positive number from the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -208,8 +424,8 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("chapters", nargs="*", metavar="chNN", help="default: all")
     root.add_argument("--quick", action="store_true", help="TINY alone, in seconds")
-    root.add_argument("--rounds", type=int, metavar="N", help=f"default: {ROUNDS}")
-    root.add_argument("--threads", type=int, metavar="N", help="default: torch's")
+    root.add_argument("--rounds", type=count, metavar="N", help=f"default: {ROUNDS}")
+    root.add_argument("--threads", type=count, metavar="N", help="default: torch's")
     root.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     root.add_argument("--json", type=Path, metavar="PATH", help="write the rows here")
     return root
@@ -219,7 +435,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         chosen = [find(name) for name in args.chapters] or discover()
-    except ValueError as error:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("no CUDA device was found; leave out --device cuda")
+        if args.json is not None:  # better now than after minutes
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            if args.json.is_dir():
+                raise ValueError(f"{args.json} is a folder; --json names a file")
+    except (OSError, ValueError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
     if args.threads is not None:
@@ -237,8 +459,13 @@ def main(argv: list[str] | None = None) -> int:
             gc.collect()
             print(line(rows[-1]), flush=True)
     print("\nratio: the median time of ours over that of Hugging Face's.")
+    if any("of_memory" in row for row in rows):
+        print(
+            "decode at N: one token a row, N tokens in the cache; Hugging Face's is a "
+            "DynamicCache.\nof memory: the bytes that a step has to read over its "
+            "time, beside the rate of a long sum."
+        )
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(
             {"threads": torch.get_num_threads(), "rounds": rounds, "rows": rows},
             indent=1,
