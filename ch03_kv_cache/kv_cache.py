@@ -638,27 +638,35 @@ def load_tensors(
     Strict: raises ValueError for a tensor that is missing, unexpected or misshapen, or
     that repeats another with other values.
     """
-    waiting, repeated = hf_names(model), []
+    waiting, filled, repeated = hf_names(model), set(), []
     for name, tensor in tensors:
         theirs = canonical(name)
         if theirs in waiting:
-            tensor = to_ours(theirs, tensor, model.config)
-            fill(model, waiting.pop(theirs), name, tensor, dtype, device)
+            parts, tensor = waiting.pop(theirs), to_ours(theirs, tensor, model.config)
+            fill(model, parts, name, tensor, dtype, device)
+            filled.update(parts)
         elif theirs in REDUNDANT:
             repeated.append((name, REDUNDANT[theirs], tensor))
+            if REDUNDANT[theirs] in filled:  # then there is no need to keep it
+                compare(model, *repeated.pop())
         elif theirs is not None:
             raise ValueError(f"unexpected tensor {name} {tuple(tensor.shape)}")
     if waiting:
         raise ValueError(f"missing tensors: {summary(list(waiting))}")
     model.finalise()
     for name, ours, tensor in repeated:
-        kept = getattr(
-            model.get_submodule(ours.rpartition(".")[0]), ours.split(".")[-1]
-        )
-        if tensor.shape != kept.shape or not torch.allclose(
-            tensor.to(kept), kept, rtol=1e-3, atol=1e-3
-        ):
-            raise ValueError(f"{name} should repeat our {ours}, and differs from it")
+        compare(model, name, ours, tensor)
+
+
+def compare(model: Transformer, name: str, ours: str, tensor: Tensor) -> None:
+    """Raise ValueError unless `tensor` repeats our tensor; some rows at a time."""
+    owner, _, leaf = ours.rpartition(".")
+    kept = getattr(model.get_submodule(owner), leaf)
+    if tensor.shape != kept.shape or not all(
+        torch.allclose(a.to(b), b, rtol=1e-3, atol=1e-3)
+        for a, b in zip(tensor.split(1024), kept.split(1024), strict=True)
+    ):
+        raise ValueError(f"{name} should repeat our {ours}, and differs from it")
 
 
 def fill(
@@ -737,10 +745,9 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict):
             raise ValueError(f"{index} holds no weight_map")
-        for shard in sorted(set(shards.values())):
-            yield from read_safetensors(folder / shard)
+        yield from read_safetensors([folder / name for name in set(shards.values())])
     elif (folder / "model.safetensors").exists():
-        yield from read_safetensors(folder / "model.safetensors")
+        yield from read_safetensors([folder / "model.safetensors"])
     elif (folder / "pytorch_model.bin").exists():
         path = folder / "pytorch_model.bin"
         state = read_torch(path)
@@ -754,14 +761,22 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         )
 
 
-def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of one safetensors file."""
+def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of these safetensors files, the largest first.
+
+    So the file's copy of an embedding is in memory while the model is still empty, not
+    on top of a full one.
+    """
     from safetensors import SafetensorError, safe_open
 
+    found = []
     try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-        for name in names:
+        for path in paths:
+            with safe_open(path, "pt") as file:
+                for name in list(file.keys()):
+                    size = math.prod(file.get_slice(name).get_shape())
+                    found.append((size, name, path))
+        for _, name, path in sorted(found, reverse=True):
             with safe_open(path, "pt") as file:
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
