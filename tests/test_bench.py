@@ -167,6 +167,8 @@ def test_a_quick_run_has_every_row(quick):
             share = row["of_memory"] if decode else row["of_gemm"]
             assert f"{share:.0%}" in said
             if decode:
+                per_second = row["batch"][0] / row["ours_ms"] * 1e3
+                assert row["tokens_per_second"] == pytest.approx(per_second)
                 taken = row["bytes"] / row["ours_ms"] / 1e6
                 assert row["gb_per_second"] == pytest.approx(taken)
                 assert row["of_memory"] == taken / row["memory_gb_per_second"]
@@ -210,6 +212,16 @@ def test_a_real_model_stands_in_where_presets_are_too_large(
     path = tmp_path / "config.json"
     path.write_text('{"model_type": "of another chapter"}', encoding="utf-8")
     assert all(label.startswith("TINY") for label in labels())
+
+
+def test_the_wider_tiny_model_has_wider_heads(module):
+    config = bench.widened(module.TINY)
+    assert config.dim == 3 * module.TINY.dim
+    assert config.head_dim == 3 * module.TINY.head_dim
+    assert (config.n_heads, config.n_layers) == (
+        module.TINY.n_heads,
+        module.TINY.n_layers,
+    )
 
 
 WRONG = {
