@@ -551,6 +551,108 @@ def summary(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
+def new_token_limit(model: Transformer, source: Tensor, asked: int | None) -> int:
+    """How many tokens to write at most: the length + 50 (§6.1), or as asked."""
+    asked = source.shape[1] + 50 if asked is None else asked
+    return min(asked, model.config.max_seq_len - 1)
+
+
+@torch.inference_mode()
+def greedy(
+    model: Transformer, source: Tensor, *, max_new_tokens: int | None = None
+) -> Tensor:
+    """Translate `source` (B, N) by the likeliest token at each step.
+
+    Returns (B, T) ids that begin with bos; a row that has ended is padded.
+    """
+    config, B = model.config, source.shape[0]
+    memory, seen = model.encode(source)
+    target = source.new_full((B, 1), config.bos_id)
+    ended = torch.zeros(B, dtype=torch.bool, device=source.device)
+    for _ in range(new_token_limit(model, source, max_new_tokens)):
+        logits = model.logits(model.decode(target, memory, seen)[:, -1])  # (B, V)
+        logits[:, config.pad_id] = -torch.inf
+        token = logits.argmax(dim=-1).masked_fill(ended, config.pad_id)  # (B)
+        target = torch.cat([target, token[:, None]], dim=1)
+        ended |= token == config.eos_id
+        if ended.all():
+            break
+    return target
+
+
+@torch.inference_mode()
+def beam_search(
+    model: Transformer,
+    source: Tensor,
+    *,
+    beams: int = 4,
+    length_penalty: float = 0.6,
+    max_new_tokens: int | None = None,
+) -> Tensor:
+    """Translate `source` (B, N), keeping the `beams` likeliest beginnings of each row.
+
+    A finished translation of n tokens scores log P / ((5 + n) / 6)^length_penalty
+    (arXiv:1609.08144 eq. 14). A row is done when `beams` have finished and the best of
+    them scores above all that are open, or when none of these could overtake it any
+    more. Returns (B, T) ids from bos on, padded.
+    """
+    if beams < 1 or not length_penalty >= 0:
+        raise ValueError(
+            f"beams {beams}, length_penalty {length_penalty}: need at least 1 and 0"
+        )
+    config, B, device = model.config, source.shape[0], source.device
+    limit = new_token_limit(model, source, max_new_tokens)
+
+    def penalty(n: int) -> float:
+        return ((5 + n) / 6) ** length_penalty
+
+    memory, seen = model.encode(source)
+    memory = memory.repeat_interleave(beams, 0)  # (B*beams, N, D)
+    seen = seen.repeat_interleave(beams, 0)
+    rows = torch.arange(B, device=device)[:, None]
+    open_ = source.new_full((B, beams, 1), config.bos_id)
+    score = torch.full((B, beams), -torch.inf, device=device)
+    score[:, 0] = 0.0  # the beams start alike: only one of them may be continued
+    best = source.new_full((B, limit + 1), config.pad_id)
+    best_score = torch.full((B,), -torch.inf, device=device)
+    finished = torch.zeros(B, dtype=torch.long, device=device)
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    for n in range(1, limit + 1):
+        logits = model.logits(model.decode(open_.flatten(0, 1), memory, seen)[:, -1])
+        logits[:, config.pad_id] = -torch.inf
+        V = logits.shape[-1]
+        total = score[..., None] + logits.log_softmax(-1).unflatten(0, (B, beams))
+        # 2·beams candidates: even if `beams` of them end, `beams` stay open.
+        score, index = total.flatten(1).topk(2 * beams)  # (B, 2*beams)
+        grown = torch.cat([open_[rows, index // V], (index % V)[..., None]], dim=2)
+        ends = (index % V == config.eos_id) & score.isfinite()
+        counts = ends & ~done[:, None]
+        counts[:, beams:] = False
+        top, which = (score / penalty(n)).masked_fill(~counts, -torch.inf).max(1)
+        better = top > best_score
+        best_score = torch.where(better, top, best_score)
+        chosen = grown[rows[:, 0], which]  # (B, n+1)
+        best[:, : n + 1] = torch.where(better[:, None], chosen, best[:, : n + 1])
+        finished += counts.sum(1)
+        score, kept = score.masked_fill(ends, -torch.inf).topk(beams)  # (B, beams)
+        open_ = grown[rows, kept]
+        # Beside a translation that the model is sure of, `beams` poor ones end early.
+        done |= (finished >= beams) & (best_score >= score[:, 0] / penalty(n))
+        done |= best_score >= score[:, 0] / penalty(limit)
+        if done.all():
+            break
+    # A row that never ended gives its likeliest beginning.
+    width = open_.shape[2]
+    unfinished = best_score == -torch.inf
+    best[:, :width] = torch.where(unfinished[:, None], open_[:, 0], best[:, :width])
+    return best[:, :width]
+
+
+# ======================================================================================
+# Running the chapter: files, data, train, verify, demo, command line.
+# ======================================================================================
+
+
 def find_folder(source: str | Path) -> Path:
     """The local folder `source`, or a hub repository's files, fetched when needed."""
     if Path(source).is_dir():
@@ -683,107 +785,6 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
 
-
-def new_token_limit(model: Transformer, source: Tensor, asked: int | None) -> int:
-    """How many tokens to write at most: the length + 50 (§6.1), or as asked."""
-    asked = source.shape[1] + 50 if asked is None else asked
-    return min(asked, model.config.max_seq_len - 1)
-
-
-@torch.inference_mode()
-def greedy(
-    model: Transformer, source: Tensor, *, max_new_tokens: int | None = None
-) -> Tensor:
-    """Translate `source` (B, N) by the likeliest token at each step.
-
-    Returns (B, T) ids that begin with bos; a row that has ended is padded.
-    """
-    config, B = model.config, source.shape[0]
-    memory, seen = model.encode(source)
-    target = source.new_full((B, 1), config.bos_id)
-    ended = torch.zeros(B, dtype=torch.bool, device=source.device)
-    for _ in range(new_token_limit(model, source, max_new_tokens)):
-        logits = model.logits(model.decode(target, memory, seen)[:, -1])  # (B, V)
-        logits[:, config.pad_id] = -torch.inf
-        token = logits.argmax(dim=-1).masked_fill(ended, config.pad_id)  # (B)
-        target = torch.cat([target, token[:, None]], dim=1)
-        ended |= token == config.eos_id
-        if ended.all():
-            break
-    return target
-
-
-@torch.inference_mode()
-def beam_search(
-    model: Transformer,
-    source: Tensor,
-    *,
-    beams: int = 4,
-    length_penalty: float = 0.6,
-    max_new_tokens: int | None = None,
-) -> Tensor:
-    """Translate `source` (B, N), keeping the `beams` likeliest beginnings of each row.
-
-    A finished translation of n tokens scores log P / ((5 + n) / 6)^length_penalty
-    (arXiv:1609.08144 eq. 14). A row is done when `beams` have finished and the best of
-    them scores above all that are open, or when none of these could overtake it any
-    more. Returns (B, T) ids from bos on, padded.
-    """
-    if beams < 1 or not length_penalty >= 0:
-        raise ValueError(
-            f"beams {beams}, length_penalty {length_penalty}: need at least 1 and 0"
-        )
-    config, B, device = model.config, source.shape[0], source.device
-    limit = new_token_limit(model, source, max_new_tokens)
-
-    def penalty(n: int) -> float:
-        return ((5 + n) / 6) ** length_penalty
-
-    memory, seen = model.encode(source)
-    memory = memory.repeat_interleave(beams, 0)  # (B*beams, N, D)
-    seen = seen.repeat_interleave(beams, 0)
-    rows = torch.arange(B, device=device)[:, None]
-    open_ = source.new_full((B, beams, 1), config.bos_id)
-    score = torch.full((B, beams), -torch.inf, device=device)
-    score[:, 0] = 0.0  # the beams start alike: only one of them may be continued
-    best = source.new_full((B, limit + 1), config.pad_id)
-    best_score = torch.full((B,), -torch.inf, device=device)
-    finished = torch.zeros(B, dtype=torch.long, device=device)
-    done = torch.zeros(B, dtype=torch.bool, device=device)
-    for n in range(1, limit + 1):
-        logits = model.logits(model.decode(open_.flatten(0, 1), memory, seen)[:, -1])
-        logits[:, config.pad_id] = -torch.inf
-        V = logits.shape[-1]
-        total = score[..., None] + logits.log_softmax(-1).unflatten(0, (B, beams))
-        # 2·beams candidates: even if `beams` of them end, `beams` stay open.
-        score, index = total.flatten(1).topk(2 * beams)  # (B, 2*beams)
-        grown = torch.cat([open_[rows, index // V], (index % V)[..., None]], dim=2)
-        ends = (index % V == config.eos_id) & score.isfinite()
-        counts = ends & ~done[:, None]
-        counts[:, beams:] = False
-        top, which = (score / penalty(n)).masked_fill(~counts, -torch.inf).max(1)
-        better = top > best_score
-        best_score = torch.where(better, top, best_score)
-        chosen = grown[rows[:, 0], which]  # (B, n+1)
-        best[:, : n + 1] = torch.where(better[:, None], chosen, best[:, : n + 1])
-        finished += counts.sum(1)
-        score, kept = score.masked_fill(ends, -torch.inf).topk(beams)  # (B, beams)
-        open_ = grown[rows, kept]
-        # Beside a translation that the model is sure of, `beams` poor ones end early.
-        done |= (finished >= beams) & (best_score >= score[:, 0] / penalty(n))
-        done |= best_score >= score[:, 0] / penalty(limit)
-        if done.all():
-            break
-    # A row that never ended gives its likeliest beginning.
-    width = open_.shape[2]
-    unfinished = best_score == -torch.inf
-    best[:, :width] = torch.where(unfinished[:, None], open_[:, 0], best[:, :width])
-    return best[:, :width]
-
-
-# ======================================================================================
-# Running the chapter: data, train, verify, demo, command line.
-# ======================================================================================
 
 HERE = Path(__file__).resolve()
 DATA = HERE.parent.parent / "data"

@@ -260,7 +260,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     def reset_parameters(self) -> None:
-        """GPT-2's initialisation (§2.3): N(0, 0.02²); biases 0.
+        """GPT-2's initialisation (Radford et al. 2019 §2.3): N(0, 0.02²); biases 0.
 
         The two projections of a block that add to the stream are scaled by 1/√(2L), so
         that the sum of the 2L branches starts out with the variance of one.
@@ -492,139 +492,6 @@ def summary(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def find_folder(source: str | Path) -> Path:
-    """The local folder `source`, or a hub repository's files, fetched when needed."""
-    if Path(source).is_dir():
-        return Path(source)
-    if (
-        Path(source).exists()
-        or str(source).count("/") > 1
-        or Path(source).is_absolute()
-    ):
-        raise FileNotFoundError(f"{source} is no folder with a model")
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.bin", "*.spm", "*.model", "*.tiktoken"]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=wanted))
-    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"no folder {source}, and the hub did not give it: {reason}"
-        ) from None
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`; raises ValueError naming the file when it is none."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path.parent} holds no {path.name}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return found
-
-
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of a checkpoint folder, one in memory at a time.
-
-    Safetensors files are opened anew for each tensor, so that the pages of those
-    already copied are given back; `pytorch_model.bin` is read whole.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise ValueError(f"{index} holds no weight_map")
-        yield from read_safetensors([folder / name for name in set(shards.values())])
-    elif (folder / "model.safetensors").exists():
-        yield from read_safetensors([folder / "model.safetensors"])
-    elif (folder / "pytorch_model.bin").exists():
-        path = folder / "pytorch_model.bin"
-        state = read_torch(path)
-        for name in list(state):
-            if not isinstance(state[name], Tensor):
-                raise ValueError(f"{path}: {name} is no tensor")
-            yield name, state.pop(name)
-    else:
-        raise FileNotFoundError(
-            f"{folder} holds neither model.safetensors nor pytorch_model.bin"
-        )
-
-
-def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of these safetensors files, the largest first.
-
-    So the file's copy of an embedding is in memory while the model is still empty, not
-    on top of a full one.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    found = []
-    try:
-        for path in paths:
-            with safe_open(path, "pt") as file:
-                for name in list(file.keys()):
-                    size = math.prod(file.get_slice(name).get_shape())
-                    found.append((size, name, path))
-        for _, name, path in sorted(found, reverse=True):
-            with safe_open(path, "pt") as file:
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}") from None
-
-
-def read_torch(path: Path) -> dict:
-    """What `torch.save` wrote to `path`; nothing in it is executed."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # zip, pickle and tensor errors have no common base
-        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
-        raise ValueError(f"{path} is damaged or cut short: {reason}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no table of tensors")
-    return found
-
-
-def write_checkpoint(
-    folder: Path, config: dict, tensors: Iterable[tuple[str, Tensor]]
-) -> None:
-    """`config.json` and the weights, each written aside and then moved into place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous().cpu() for name, tensor in tensors}
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        with replacing(folder / "pytorch_model.bin") as partial:
-            torch.save(state, partial)
-    else:
-        with replacing(folder / "model.safetensors") as partial:
-            save_file(state, partial, metadata={"format": "pt"})
-            partial.chmod(0o644)  # save_file leaves it readable to its owner alone
-    with replacing(folder / "config.json") as partial:
-        text = json.dumps({**config, "dtype": dtype}, indent=2) + "\n"
-        partial.write_text(text, encoding="utf-8", newline="\n")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A neighbour to write to, moved over `path` only when it is whole and on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def sample(
     logits: Tensor,
     temperature: float = 1.0,
@@ -676,6 +543,11 @@ def stream(
     B, T = tokens.shape
     if T == 0:
         raise ValueError("the prompt is empty; give at least one token")
+    if pad is not None and pad.max() >= T:
+        raise ValueError(
+            f"pad is {pad.tolist()} for prompts of {T} tokens; each row needs at least "
+            f"one token of its own"
+        )
     if T + max_new_tokens > model.config.max_seq_len:
         raise ValueError(
             f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit the "
@@ -712,7 +584,7 @@ def generate(
 
     Ends early when every row has met a token of `stop`; a row that has stopped repeats
     it. `pad` (B,) counts left padding per row. Raises ValueError when prompt and new
-    tokens exceed the context.
+    tokens exceed the context, or a row is nothing but padding.
     """
     new = stream(
         model,
@@ -849,8 +721,142 @@ def ranks_from_merges(lines: Sequence[str]) -> dict[bytes, int]:
 
 
 # ======================================================================================
-# Running the chapter: data, train, verify, demo, command line.
+# Running the chapter: files, data, train, verify, demo, command line.
 # ======================================================================================
+
+
+def find_folder(source: str | Path) -> Path:
+    """The local folder `source`, or a hub repository's files, fetched when needed."""
+    if Path(source).is_dir():
+        return Path(source)
+    if (
+        Path(source).exists()
+        or str(source).count("/") > 1
+        or Path(source).is_absolute()
+    ):
+        raise FileNotFoundError(f"{source} is no folder with a model")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.bin", "*.spm", "*.model", "*.tiktoken"]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"no folder {source}, and the hub did not give it: {reason}"
+        ) from None
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`; raises ValueError naming the file when it is none."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of a checkpoint folder, one in memory at a time.
+
+    Safetensors files are opened anew for each tensor, so that the pages of those
+    already copied are given back; `pytorch_model.bin` is read whole.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} holds no weight_map")
+        yield from read_safetensors([folder / name for name in set(shards.values())])
+    elif (folder / "model.safetensors").exists():
+        yield from read_safetensors([folder / "model.safetensors"])
+    elif (folder / "pytorch_model.bin").exists():
+        path = folder / "pytorch_model.bin"
+        state = read_torch(path)
+        for name in list(state):
+            if not isinstance(state[name], Tensor):
+                raise ValueError(f"{path}: {name} is no tensor")
+            yield name, state.pop(name)
+    else:
+        raise FileNotFoundError(
+            f"{folder} holds neither model.safetensors nor pytorch_model.bin"
+        )
+
+
+def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of these safetensors files, the largest first.
+
+    So the file's copy of an embedding is in memory while the model is still empty, not
+    on top of a full one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found = []
+    try:
+        for path in paths:
+            with safe_open(path, "pt") as file:
+                for name in list(file.keys()):
+                    size = math.prod(file.get_slice(name).get_shape())
+                    found.append((size, name, path))
+        for _, name, path in sorted(found, reverse=True):
+            with safe_open(path, "pt") as file:
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from None
+
+
+def read_torch(path: Path) -> dict:
+    """What `torch.save` wrote to `path`; nothing in it is executed."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zip, pickle and tensor errors have no common base
+        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"{path} is damaged or cut short: {reason}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no table of tensors")
+    return found
+
+
+def write_checkpoint(
+    folder: Path, config: dict, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """`config.json` and the weights, each written aside and then moved into place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous().cpu() for name, tensor in tensors}
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        with replacing(folder / "pytorch_model.bin") as partial:
+            torch.save(state, partial)
+    else:
+        with replacing(folder / "model.safetensors") as partial:
+            save_file(state, partial, metadata={"format": "pt"})
+            partial.chmod(0o644)  # save_file leaves it readable to its owner alone
+    with replacing(folder / "config.json") as partial:
+        text = json.dumps({**config, "dtype": dtype}, indent=2) + "\n"
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A neighbour to write to, moved over `path` only when it is whole and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
 
 HERE = Path(__file__).resolve()
 DATA = HERE.parent.parent / "data"

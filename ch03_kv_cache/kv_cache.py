@@ -30,6 +30,7 @@ Lineage: from ch02_gpt2/gpt2.py
     new: Config.head_dim Config.multi_query DISTINCT_KV LayerCache KVCache
         positions_and_mask Transformer.new_cache CONV1D pool_heads start_from
         generate_uncached compare_with_uncached
+    dropped: split_words train_bpe merge encode_bpe write_ranks
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ import argparse
 import base64
 import csv
 import hashlib
-import heapq
 import itertools
 import json
 import math
@@ -48,7 +48,6 @@ import sys
 import threading
 import time
 from array import array
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -132,9 +131,15 @@ class Config:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         hf = {"n_positions": hf.get("n_ctx", 1024)} | hf  # as old files spell it
         known = {ours: hf[theirs] for ours, theirs in HF_CONFIG.items() if theirs in hf}
-        G = 1 if kind == "gpt_bigcode" else hf.get(DISTINCT_KV, hf["n_head"])
+        G = 1 if kind == "gpt_bigcode" else hf.get(DISTINCT_KV) or hf["n_head"]
         ffn = hf.get("n_inner") or 4 * hf["n_embd"]
-        return cls(**known | {"n_kv_heads": G, "ffn_dim": ffn})
+        config = cls(**known | {"n_kv_heads": G, "ffn_dim": ffn})
+        if config.multi_query != (kind == "gpt_bigcode"):
+            raise ValueError(
+                f"{kind} with {config.n_heads} heads and {G} for keys and values: "
+                f"GPTBigCode is for several that share one, GPT-2 for all others"
+            )
+        return config
 
     def to_hf(self) -> dict:
         """The `config.json` of the Hugging Face class that computes the same.
@@ -305,11 +310,11 @@ def positions_and_mask(
     """
     T = tokens.shape[1]
     start, pad = (0, None) if cache is None else (cache.length, cache.pad)
+    query = torch.arange(start, start + T, device=tokens.device)
+    if pad is None and (start == 0 or T == 1):
+        return query, None
     key = torch.arange(start + T, device=tokens.device)
-    query = key[start:]
     if pad is None:
-        if start == 0 or T == 1:
-            return query, None
         # Query t stands at start + t. SDPA's is_causal would put it at t.
         return query, (query[:, None] >= key)[None, None]
     # A padding query sees itself: over no key at all, softmax would be NaN.
@@ -422,7 +427,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     def reset_parameters(self) -> None:
-        """GPT-2's initialisation (§2.3): N(0, 0.02²); biases 0.
+        """GPT-2's initialisation (Radford et al. 2019 §2.3): N(0, 0.02²); biases 0.
 
         The two projections of a block that add to the stream are scaled by 1/√(2L), so
         that the sum of the 2L branches starts out with the variance of one.
@@ -451,16 +456,21 @@ class Transformer(nn.Module):
                 f"of each, and at most the context of {longest} tokens"
             )
         if pad is not None:
-            fits = pad.shape == (batch_size,) and 0 <= pad.min() <= pad.max()
-            if not fits or pad.max() >= max_seq_len:
+            counts = pad.dtype in (torch.int32, torch.int64) and len(pad) == batch_size
+            if (
+                not counts
+                or pad.dim() != 1
+                or not 0 <= pad.min() <= pad.max() < max_seq_len
+            ):
                 raise ValueError(
-                    f"pad is {pad.tolist()}; {batch_size} numbers from 0 to "
+                    f"pad is {pad.tolist()}; {batch_size} integers from 0 to "
                     f"{max_seq_len - 1} are needed, the left padding of each row"
                 )
         G, K = self.config.n_kv_heads, self.config.head_dim
         shape = (2, batch_size, G, max_seq_len, K)
-        new = self.embed.weight.new_zeros
-        layers = [LayerCache(*new(shape)) for _ in range(self.config.n_layers)]
+        with torch.inference_mode(False):  # so that it may be used outside of it too
+            new = self.embed.weight.new_zeros
+            layers = [LayerCache(*new(shape)) for _ in range(self.config.n_layers)]
         return KVCache(layers, max_seq_len, pad)
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -582,14 +592,17 @@ def to_ours(name: str, tensor: Tensor, config: Config) -> Tensor:
     D, H, G = config.dim, config.n_heads, config.n_kv_heads
     if config.multi_query:
         return tensor
-    if name.endswith(CONV1D):
+    if name.endswith(CONV1D) and tensor.dim() == 2:
         tensor = tensor.T
-    if G == H or ".c_attn." not in name or tensor.shape[0] != 3 * D:
+    if G == H or ".c_attn." not in name or tensor.shape[:1] != (3 * D,):
         return tensor
     q, *kv = tensor.chunk(3)
     heads = [part.unflatten(0, (G, H // G, -1)) for part in kv]
     if not all(torch.equal(part, part[:, :1].expand_as(part)) for part in heads):
-        raise ValueError(f"{name}: the key/value heads of a group should be the same")
+        raise ValueError(
+            f"{name}: the key/value heads of a group differ; without {DISTINCT_KV} in "
+            f"config.json the file is read with {H} of them"
+        )
     return torch.cat([q, *(part[:, 0].flatten(0, 1) for part in heads)])
 
 
@@ -697,6 +710,179 @@ def summary(names: Sequence[str], most: int = 4) -> str:
     """A few of `names`, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One next token a row: (B, V) logits to (B,) ids.
+
+    Temperature 0 takes the likeliest. `top_k` keeps exactly k tokens, also under ties;
+    `top_p` keeps the fewest whose probabilities reach p (arXiv:1904.09751 §3.1).
+    """
+    if not temperature >= 0 or (top_k is not None and top_k < 1):
+        raise ValueError(
+            f"temperature {temperature} and top_k {top_k}: need >= 0, >= 1"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    # The subtraction keeps a tiny temperature from overflowing to inf - inf.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)).float() / temperature
+    if top_k is None and top_p is None:
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    V = logits.shape[-1]
+    ranked, ids = logits.topk(min(top_k or V, V))  # exactly k, whatever the ties
+    weights = ranked.softmax(dim=-1)  # (B, min(top_k, V)), likeliest first
+    if top_p is not None:
+        before = weights.cumsum(dim=-1) - weights  # mass of all likelier tokens
+        weights = weights.masked_fill(before >= top_p, 0.0)
+    rank = torch.multinomial(weights, 1, generator=generator)  # (B, 1)
+    return ids.gather(1, rank)[:, 0]
+
+
+@torch.inference_mode()
+def stream(
+    model: Transformer,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[int] = (),
+    pad: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next tokens, (B,) at a time; see `generate`."""
+    B, T = tokens.shape
+    if T == 0:
+        raise ValueError("the prompt is empty; give at least one token")
+    if pad is not None and pad.max() >= T:
+        raise ValueError(
+            f"pad is {pad.tolist()} for prompts of {T} tokens; each row needs at least "
+            f"one token of its own"
+        )
+    if T + max_new_tokens > model.config.max_seq_len:
+        raise ValueError(
+            f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit the "
+            f"context of {model.config.max_seq_len}: shorten it or ask for fewer"
+        )
+    cache = model.new_cache(B, T + max_new_tokens, pad)
+    stops = torch.tensor(list(stop), device=tokens.device)
+    stopped = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+    last = tokens[:, -1]
+    for _ in range(max_new_tokens):
+        logits = model.head(model.hidden(tokens, cache)[:, -1])  # (B, V)
+        chosen = sample(logits, temperature, top_k, top_p, generator)
+        last = torch.where(stopped, last, chosen)  # a stopped row repeats its stop
+        yield last
+        if len(stop):
+            stopped = stopped | torch.isin(last, stops)
+            if stopped.all():
+                return
+        tokens = last[:, None]  # all before it is in the cache
+
+
+def generate(
+    model: Transformer,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[int] = (),
+    pad: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue each row of `tokens` (B, T): returns (B, T + n), n <= max_new_tokens.
+
+    Ends early when every row has met a token of `stop`; a row that has stopped repeats
+    it. `pad` (B,) counts left padding per row. Raises ValueError when prompt and new
+    tokens exceed the context, or a row is nothing but padding.
+    """
+    new = stream(
+        model,
+        tokens,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=stop,
+        pad=pad,
+        generator=generator,
+    )
+    return torch.cat([tokens, *(step[:, None] for step in new)], dim=1)
+
+
+@torch.no_grad()
+def pool_heads(model: Transformer, n_kv_heads: int) -> Transformer:
+    """A copy with fewer key/value heads, each the mean of those that it replaces.
+
+    This turns a multi-head checkpoint into a grouped-query one (arXiv:2305.13245 §2.1).
+    The copy is another function, and wants some more training. Raises ValueError unless
+    `n_kv_heads` divides the model's.
+    """
+    G = model.config.n_kv_heads
+    if n_kv_heads < 1 or G % n_kv_heads:
+        raise ValueError(f"{G} key/value heads cannot be pooled into {n_kv_heads}")
+    state = model.state_dict()
+    for name, parameter in state.items():
+        if ".wk." in name or ".wv." in name:
+            heads = parameter.unflatten(0, (n_kv_heads, G // n_kv_heads, -1))
+            state[name] = heads.mean(dim=1).flatten(0, 1)
+    with torch.device("meta"):
+        pooled = Transformer(replace(model.config, n_kv_heads=n_kv_heads))
+    pooled.to(model.embed.weight.dtype).to_empty(device=model.embed.weight.device)
+    pooled.finalise()
+    pooled.load_state_dict(state)
+    return pooled.train(model.training)
+
+
+# ======================================================================================
+# Running the chapter: tokenizers, files, data, train, verify, demo, commands.
+# ======================================================================================
+
+# GPT-2's pre-tokenizer (Radford et al. 2019 §2.2): contractions, then runs of letters,
+# of digits or of other signs, each with the one space before it, then white space.
+GPT2_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
+END_OF_TEXT = "<|endoftext|>"
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Token ranks from a `.tiktoken` file ("base64 rank" a line) or a `vocab.bpe`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if path.name == "vocab.bpe":
+            return ranks_from_merges(lines)
+        pairs = (line.split() for line in lines if line)
+        return {base64.b64decode(token): int(rank) for token, rank in pairs}
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is no file of token ranks: {error}") from None
+
+
+def ranks_from_merges(lines: Sequence[str]) -> dict[bytes, int]:
+    """OpenAI's `vocab.bpe`: a header, then one merge "left right" a line, best first.
+
+    The file must be printable, so bytes that are not (controls, blanks, and 173) stand
+    as the characters from U+0100 on. Printable bytes come first, in the ranks too.
+    """
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    byte_of = {chr(byte): byte for byte in shown}
+    byte_of |= {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    ranks = {bytes([byte]): rank for rank, byte in enumerate([*shown, *hidden])}
+    for line in lines[1:]:
+        ranks[bytes(byte_of[char] for char in line if char != " ")] = len(ranks)
+    return ranks
 
 
 def find_folder(source: str | Path) -> Path:
@@ -831,258 +1017,6 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
 
-
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """One next token a row: (B, V) logits to (B,) ids.
-
-    Temperature 0 takes the likeliest. `top_k` keeps exactly k tokens, also under ties;
-    `top_p` keeps the fewest whose probabilities reach p (arXiv:1904.09751 §3.1).
-    """
-    if not temperature >= 0 or (top_k is not None and top_k < 1):
-        raise ValueError(
-            f"temperature {temperature} and top_k {top_k}: need >= 0, >= 1"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    # The subtraction keeps a tiny temperature from overflowing to inf - inf.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)).float() / temperature
-    if top_k is None and top_p is None:
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-    V = logits.shape[-1]
-    ranked, ids = logits.topk(min(top_k or V, V))  # exactly k, whatever the ties
-    weights = ranked.softmax(dim=-1)  # (B, min(top_k, V)), likeliest first
-    if top_p is not None:
-        before = weights.cumsum(dim=-1) - weights  # mass of all likelier tokens
-        weights = weights.masked_fill(before >= top_p, 0.0)
-    rank = torch.multinomial(weights, 1, generator=generator)  # (B, 1)
-    return ids.gather(1, rank)[:, 0]
-
-
-@torch.inference_mode()
-def stream(
-    model: Transformer,
-    tokens: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop: Sequence[int] = (),
-    pad: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Yield the next tokens, (B,) at a time; see `generate`."""
-    B, T = tokens.shape
-    if T == 0:
-        raise ValueError("the prompt is empty; give at least one token")
-    if T + max_new_tokens > model.config.max_seq_len:
-        raise ValueError(
-            f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit the "
-            f"context of {model.config.max_seq_len}: shorten it or ask for fewer"
-        )
-    cache = model.new_cache(B, T + max_new_tokens, pad)
-    stops = torch.tensor(list(stop), device=tokens.device)
-    stopped = torch.zeros(B, dtype=torch.bool, device=tokens.device)
-    last = tokens[:, -1]
-    for _ in range(max_new_tokens):
-        logits = model.head(model.hidden(tokens, cache)[:, -1])  # (B, V)
-        chosen = sample(logits, temperature, top_k, top_p, generator)
-        last = torch.where(stopped, last, chosen)  # a stopped row repeats its stop
-        yield last
-        if len(stop):
-            stopped = stopped | torch.isin(last, stops)
-            if stopped.all():
-                return
-        tokens = last[:, None]  # all before it is in the cache
-
-
-def generate(
-    model: Transformer,
-    tokens: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop: Sequence[int] = (),
-    pad: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continue each row of `tokens` (B, T): returns (B, T + n), n <= max_new_tokens.
-
-    Ends early when every row has met a token of `stop`; a row that has stopped repeats
-    it. `pad` (B,) counts left padding per row. Raises ValueError when prompt and new
-    tokens exceed the context.
-    """
-    new = stream(
-        model,
-        tokens,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop=stop,
-        pad=pad,
-        generator=generator,
-    )
-    return torch.cat([tokens, *(step[:, None] for step in new)], dim=1)
-
-
-@torch.no_grad()
-def pool_heads(model: Transformer, n_kv_heads: int) -> Transformer:
-    """A copy with fewer key/value heads, each the mean of those that it replaces.
-
-    This turns a multi-head checkpoint into a grouped-query one (arXiv:2305.13245 §2.1).
-    The copy is another function, and wants some more training. Raises ValueError unless
-    `n_kv_heads` divides the model's.
-    """
-    G = model.config.n_kv_heads
-    if n_kv_heads < 1 or G % n_kv_heads:
-        raise ValueError(f"{G} key/value heads cannot be pooled into {n_kv_heads}")
-    state = model.state_dict()
-    for name, parameter in state.items():
-        if ".wk." in name or ".wv." in name:
-            heads = parameter.unflatten(0, (n_kv_heads, G // n_kv_heads, -1))
-            state[name] = heads.mean(dim=1).flatten(0, 1)
-    with torch.device("meta"):
-        pooled = Transformer(replace(model.config, n_kv_heads=n_kv_heads))
-    pooled.to(model.embed.weight.dtype).to_empty(device=model.embed.weight.device)
-    pooled.finalise()
-    pooled.load_state_dict(state)
-    return pooled.train(model.training)
-
-
-# GPT-2's pre-tokenizer (Radford et al. 2019 §2.2): contractions, then runs of letters,
-# of digits or of other signs, each with the one space before it, then white space.
-GPT2_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
-END_OF_TEXT = "<|endoftext|>"
-
-
-def split_words(text: str) -> Iterator[bytes]:
-    """The pieces of `text` that byte-pair merges never cross, as UTF-8 bytes."""
-    import regex
-
-    for match in regex.finditer(GPT2_PATTERN, text):
-        yield match.group().encode("utf-8")
-
-
-def train_bpe(text: str, n_ranks: int) -> dict[bytes, int]:
-    """Byte-pair encoding (arXiv:1508.07909 §3.2) over bytes: token to rank.
-
-    The first 256 ranks are the bytes; each next one joins the pair of neighbours that
-    is most frequent in `text` (of equally frequent ones the smallest in byte order).
-    Stops early when no pair occurs twice.
-    """
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    counts = Counter(split_words(text))
-    words = [[bytes([byte]) for byte in word] for word in counts]
-    repeats = list(counts.values())
-    frequency: Counter = Counter()  # pair -> how often it occurs
-    where = defaultdict(set)  # pair -> the words that hold it
-    for w, word in enumerate(words):
-        for pair in zip(word, word[1:], strict=False):
-            frequency[pair] += repeats[w]
-            where[pair].add(w)
-    # A heap of (-frequency, pair). Entries go stale when a count changes; a stale entry
-    # is recognised when it comes up, and dropped.
-    heap = [(-count, pair) for pair, count in frequency.items()]
-    heapq.heapify(heap)
-    while len(ranks) < n_ranks and heap:
-        count, best = heapq.heappop(heap)
-        if -count != frequency[best]:
-            continue
-        if -count < 2:
-            break
-        ranks[best[0] + best[1]] = len(ranks)
-        changed = set()
-        for w in where.pop(best):
-            before, after = words[w], merge(words[w], best)
-            for word, sign in ((before, -1), (after, 1)):
-                for pair in zip(word, word[1:], strict=False):
-                    frequency[pair] += sign * repeats[w]
-                    changed.add(pair)
-                    if sign > 0:
-                        where[pair].add(w)
-            words[w] = after
-        for pair in changed:
-            if frequency[pair] > 0:
-                heapq.heappush(heap, (-frequency[pair], pair))
-    return ranks
-
-
-def merge(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
-    """`word` with every occurrence of `pair` joined, from left to right."""
-    merged, i = [], 0
-    while i < len(word):
-        found = tuple(word[i : i + 2]) == pair
-        merged.append(word[i] + word[i + 1] if found else word[i])
-        i += 2 if found else 1
-    return merged
-
-
-def encode_bpe(text: str, ranks: dict[bytes, int]) -> list[int]:
-    """Token ids of `text`: in each word, join the lowest-ranked pair, over and over."""
-    ids = []
-    for piece in split_words(text):
-        word = [bytes([byte]) for byte in piece]
-        while len(word) > 1:
-            pairs = list(zip(word, word[1:], strict=False))
-            best = min(pairs, key=lambda pair: ranks.get(pair[0] + pair[1], math.inf))
-            if best[0] + best[1] not in ranks:
-                break
-            word = merge(word, best)
-        ids += [ranks[part] for part in word]
-    return ids
-
-
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """Token ranks from a `.tiktoken` file ("base64 rank" a line) or a `vocab.bpe`."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        if path.name == "vocab.bpe":
-            return ranks_from_merges(lines)
-        pairs = (line.split() for line in lines if line)
-        return {base64.b64decode(token): int(rank) for token, rank in pairs}
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no file of token ranks: {error}") from None
-
-
-def write_ranks(ranks: dict[bytes, int], path: Path) -> None:
-    """Write `ranks` in tiktoken's file format."""
-    lines = (f"{base64.b64encode(t).decode()} {rank}\n" for t, rank in ranks.items())
-    with replacing(path) as partial:
-        partial.write_text("".join(lines), encoding="ascii", newline="\n")
-
-
-def ranks_from_merges(lines: Sequence[str]) -> dict[bytes, int]:
-    """OpenAI's `vocab.bpe`: a header, then one merge "left right" a line, best first.
-
-    The file must be printable, so bytes that are not (controls, blanks, and 173) stand
-    as the characters from U+0100 on. Printable bytes come first, in the ranks too.
-    """
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    byte_of = {chr(byte): byte for byte in shown}
-    byte_of |= {chr(256 + i): byte for i, byte in enumerate(hidden)}
-    ranks = {bytes([byte]): rank for rank, byte in enumerate([*shown, *hidden])}
-    for line in lines[1:]:
-        ranks[bytes(byte_of[char] for char in line if char != " ")] = len(ranks)
-    return ranks
-
-
-# ======================================================================================
-# Running the chapter: data, train, verify, demo, command line.
-# ======================================================================================
 
 HERE = Path(__file__).resolve()
 DATA = HERE.parent.parent / "data"
@@ -1859,7 +1793,7 @@ def resume(args: argparse.Namespace) -> tuple[dict, Config, Recipe, Tokenizer]:
         raise ValueError(f"a resumed run keeps its settings; leave out {flags}")
     try:
         config, recipe = Config(**state["config"]), Recipe(**state["recipe"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint} is of another version: {error}") from None
     return state, config, replace(recipe, **asked), load_tokenizer(args.out)
 

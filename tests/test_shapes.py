@@ -12,6 +12,8 @@ from chapters import banner_line, discover, load
 
 # Pairwise distinct, so that no two letters can stand for each other by accident.
 SIZES = {"vocab_size": 97, "dim": 30, "n_heads": 5, "ffn_dim": 46, "max_seq_len": 41}
+# No size, but the way to the lines that scale rotary frequencies.
+SIZES["rope_factor"] = 8.0
 # With grouped heads H/G must be whole, and K is free of D where it has its own field.
 GROUPED = {"dim": 60, "n_heads": 10, "n_kv_heads": 5}
 LETTERS = {
