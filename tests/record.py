@@ -2,6 +2,7 @@
 """Run what takes minutes and keep its numbers in the chapters' `results/`.
 
     python tests/record.py verify             distances to Hugging Face, every chapter
+    python tests/record.py smollm2            the same on SmolLM2, from chapter 4 on
     python tests/record.py train [ch02 …]     default training, then what it can do
     python tests/record.py recipes            chapter 1: the paper's recipe on a laptop
     python tests/record.py bench              speed beside Hugging Face's
@@ -55,6 +56,28 @@ def record_verify(chapter: Chapter) -> None:
         f"python {chapter.path} verify",
         {"stages": rows, "logits": rows[-1]},
         [f"{chapter.path}::model", f"{chapter.path}::small_config"],
+    )
+
+
+def record_smollm2(chapter: Chapter) -> None:
+    """The same table on real weights and 2,000 tokens of real text."""
+    folder, module = ROOT / "data" / "smollm2", load(chapter)
+    if not folder.is_dir():
+        raise SystemExit("record.py: first run: python data/download.py smollm2")
+    rows = module.verify(folder)
+    tokens = module.verify_inputs(
+        module.read_config(folder), module.load_tokenizer(folder)
+    )
+    results.write(
+        chapter.results / "smollm2.json",
+        f"python {chapter.path} verify --model data/smollm2",
+        {
+            "tokens": tokens[0].numel(),
+            "stages": rows,
+            "logits": rows[-1],
+            "largest_relative": max(row["relative"] for row in rows),
+        },
+        [f"{chapter.path}::{name}" for name in ("model", "verify_inputs", "real_text")],
     )
 
 
@@ -179,6 +202,7 @@ def record_bench(chapter: Chapter) -> None:
 
 WORK = {
     "verify": record_verify,
+    "smollm2": record_smollm2,
     "train": record_train,
     "recipes": record_recipes,
     "bench": record_bench,
@@ -193,6 +217,8 @@ def main() -> int:
     chapters = discover()
     if args.what == "recipes":
         chapters = [c for c in chapters if hasattr(load(c), "RECIPES")]
+    if args.what == "smollm2":
+        chapters = [c for c in chapters if hasattr(load(c), "real_text")]
     for chapter in chapters:
         if not args.chapters or chapter.prefix in args.chapters:
             WORK[args.what](chapter)
