@@ -564,12 +564,9 @@ class Transformer(nn.Module):
                 f"of each, and at most the context of {longest} tokens"
             )
         if pad is not None:
-            counts = pad.dtype in (torch.int32, torch.int64) and len(pad) == batch_size
-            if (
-                not counts
-                or pad.dim() != 1
-                or not 0 <= pad.min() <= pad.max() < max_seq_len
-            ):
+            whole = pad.dtype in (torch.int32, torch.int64)
+            fits = whole and pad.shape == (batch_size,)
+            if not fits or not 0 <= pad.min() <= pad.max() < max_seq_len:
                 raise ValueError(
                     f"pad is {pad.tolist()}; {batch_size} integers from 0 to "
                     f"{max_seq_len - 1} are needed, the left padding of each row"
@@ -900,17 +897,17 @@ def stream(
     B, T = tokens.shape
     if T == 0:
         raise ValueError("the prompt is empty; give at least one token")
-    if pad is not None and pad.max() >= T:
-        raise ValueError(
-            f"pad is {pad.tolist()} for prompts of {T} tokens; each row needs at least "
-            f"one token of its own"
-        )
     if T + max_new_tokens > model.config.max_seq_len:
         raise ValueError(
             f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit the "
             f"context of {model.config.max_seq_len}: shorten it or ask for fewer"
         )
     cache = model.new_cache(B, T + max_new_tokens, pad)
+    if pad is not None and pad.max() >= T:
+        raise ValueError(
+            f"pad is {pad.tolist()} for prompts of {T} tokens; each row needs at least "
+            f"one token of its own"
+        )
     stops = torch.tensor(list(stop), device=tokens.device)
     stopped = torch.zeros(B, dtype=torch.bool, device=tokens.device)
     last = tokens[:, -1]
