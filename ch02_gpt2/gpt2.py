@@ -692,7 +692,11 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         if path.name == "vocab.bpe":
             return ranks_from_merges(lines)
         pairs = (line.split() for line in lines if line)
-        return {base64.b64decode(token): int(rank) for token, rank in pairs}
+        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        complete = all(bytes([byte]) in ranks for byte in range(256))
+        if not complete or sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError("a byte or a rank is missing, or stands there twice")
+        return ranks
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is no file of token ranks: {error}") from None
 

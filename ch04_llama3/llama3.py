@@ -28,9 +28,9 @@ Lineage: from ch03_kv_cache/kv_cache.py
         TOLERANCE open_data choose run_generate demo add_generate
     new: Config.from_meta HF_ROPE rope_from_hf LLAMA_3_2_1B LLAMA_3_2_3B LLAMA_3_1_8B
         RMSNorm rope_frequencies rope_table apply_rope to_half_split to_interleaved
-        META_MODULES is_meta_format read_config read_meta meta_to_hf LLAMA3_PATTERN
-        LLAMA3_CONTROL CHAT_FORMATS llama3_tokenizer encode_chat stop_ids real_text
-        answer
+        META_MODULES is_meta_format read_config open_meta read_meta meta_to_hf
+        LLAMA3_PATTERN LLAMA3_CONTROL CHAT_FORMATS llama3_tokenizer encode_chat stop_ids
+        real_text answer
     dropped: Config.head_dim Config.multi_query DISTINCT_KV GPT2_124M GPT2_355M
         GPT2_774M GPT2_1558M LayerNorm CONV1D generate_uncached compare_with_uncached
 """
@@ -102,15 +102,14 @@ class Config:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary pairs need it even")
-        if not (self.rope_theta > 0 and self.rope_factor >= 1):
+        for name in ("norm_eps", "rope_theta", "rope_factor", "rope_low_freq_factor"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name} is {value!r}; it must be a positive number")
+        if not self.rope_low_freq_factor < self.rope_high_freq_factor:
             raise ValueError(
-                f"rope_theta {self.rope_theta} must be positive and rope_factor "
-                f"{self.rope_factor} at least 1"
-            )
-        if not 0 < self.rope_low_freq_factor < self.rope_high_freq_factor:
-            raise ValueError(
-                f"rope_low_freq_factor {self.rope_low_freq_factor} must be positive "
-                f"and below rope_high_freq_factor {self.rope_high_freq_factor}"
+                f"rope_low_freq_factor {self.rope_low_freq_factor} must be below "
+                f"rope_high_freq_factor {self.rope_high_freq_factor}"
             )
 
     @classmethod
@@ -182,6 +181,10 @@ class Config:
         # multiplier, and rounded up.
         ffn = int((params.get("ffn_dim_multiplier") or 1) * int(2 * 4 * dim / 3))
         scaled = bool(params.get("use_scaled_rope"))
+        if rope_factor is not None and not scaled:
+            raise ValueError(
+                "params.json asks for no scaled rope: leave rope_factor out"
+            )
         if rope_factor is None:
             usual = 32.0 if dim < 4096 else 8.0
             rope_factor = params.get("rope_scaling_factor") or usual
@@ -712,15 +715,34 @@ def read_config(folder: Path, rope_factor: float | None = None) -> Config:
     Only the latter leaves `rope_factor` open. There the head is tied if its matrix is
     missing, or repeats the embedding.
     """
-    if not is_meta_format(folder):
+    name = "params.json" if is_meta_format(folder) else "config.json"
+    found = read_json(folder / name)
+    try:
+        if name == "params.json":
+            tensors = open_meta(folder)
+            head, embedding = map(
+                tensors.get, ("output.weight", "tok_embeddings.weight")
+            )
+            same = head is not None and embedding is not None
+            tied = head is None or (same and torch.equal(head, embedding))
+            return Config.from_meta(found, tied=tied, rope_factor=rope_factor)
         if rope_factor is not None:
             raise ValueError("config.json says what the rope_factor is; leave it out")
-        return Config.from_hf(read_json(folder / "config.json"))
-    params = read_json(folder / "params.json")
-    found = read_torch(folder / "consolidated.00.pth", mmap=True)
-    head, embedding = found.get("output.weight"), found.get("tok_embeddings.weight")
-    tied = head is None or (embedding is not None and torch.equal(head, embedding))
-    return Config.from_meta(params, tied=tied, rope_factor=rope_factor)
+        return Config.from_hf(found)
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{name} holds a value of a wrong kind: {error}") from None
+
+
+def open_meta(folder: Path) -> dict[str, Tensor]:
+    """The tensors of Meta's file by name, read from it only where looked at."""
+    path = folder / "consolidated.00.pth"
+    if (folder / "consolidated.01.pth").exists():
+        raise ValueError("the checkpoint is cut for several GPUs; one file is read")
+    found = read_torch(path, mmap=True)
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: {name} is no tensor")
+    return found
 
 
 def read_meta(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
@@ -729,19 +751,12 @@ def read_meta(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
     The file is mapped anew for each tensor, so that the pages of those already copied
     are given back; the largest come first, while the model is still empty.
     """
-    path = folder / "consolidated.00.pth"
-    if (folder / "consolidated.01.pth").exists():
-        raise ValueError("the checkpoint is cut for several GPUs; one file is read")
-    sizes = {}
-    for name, tensor in read_torch(path, mmap=True).items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: {name} is no tensor")
-        sizes[name] = tensor.numel()
+    sizes = {name: tensor.numel() for name, tensor in open_meta(folder).items()}
     for name in sorted(sizes, key=sizes.get, reverse=True):
-        tensor = read_torch(path, mmap=True)[name]
-        theirs = meta_to_hf(name)
-        if theirs.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = to_half_split(tensor, config.head_dim)
+        theirs, tensor = meta_to_hf(name), open_meta(folder)[name]
+        rotary = theirs.endswith(("q_proj.weight", "k_proj.weight"))
+        if rotary and tensor.dim() == 2 and tensor.shape[0] % config.head_dim == 0:
+            tensor = to_half_split(tensor, config.head_dim)  # else `fill` refuses it
         yield theirs, tensor
 
 
@@ -998,7 +1013,11 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         if path.name == "vocab.bpe":
             return ranks_from_merges(lines)
         pairs = (line.split() for line in lines if line)
-        return {base64.b64decode(token): int(rank) for token, rank in pairs}
+        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        complete = all(bytes([byte]) in ranks for byte in range(256))
+        if not complete or sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError("a byte or a rank is missing, or stands there twice")
+        return ranks
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is no file of token ranks: {error}") from None
 
@@ -1181,17 +1200,14 @@ LLAMA3_CONTROL = [
     "<|image|>",
     *(f"<|reserved_special_token_{2 + i}|>" for i in range(244)),
 ]
-# How a turn of a conversation is written, by the control token that opens it: Llama 3's
-# format, and ChatML, which SmolLM2 uses.
+# How a turn of a conversation is written, up to the end of its text and after it, by
+# the control token that opens it: Llama 3's format, and ChatML, which SmolLM2 uses.
 CHAT_FORMATS = {
-    "<|start_header_id|>": [
-        "<|start_header_id|>",
-        "{role}",
-        "<|end_header_id|>",
-        "\n\n{text}",
-        "<|eot_id|>",
-    ],
-    "<|im_start|>": ["<|im_start|>", "{role}\n{text}", "<|im_end|>", "\n"],
+    "<|start_header_id|>": (
+        ["<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n{trimmed}"],
+        ["<|eot_id|>"],
+    ),
+    "<|im_start|>": (["<|im_start|>", "{role}\n{text}"], ["<|im_end|>", "\n"]),
 }
 
 
@@ -1281,6 +1297,8 @@ def llama3_tokenizer(path: Path) -> Tokenizer:
     import tiktoken
 
     ranks = read_ranks(path)
+    if len(ranks) != 128000:  # the control tokens count on from there
+        raise ValueError(f"{path} holds {len(ranks)} ranks; Llama 3's are 128000")
     control = {name: len(ranks) + i for i, name in enumerate(LLAMA3_CONTROL)}
     encoding = tiktoken.Encoding(
         "llama3",
@@ -1336,20 +1354,19 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]) -> li
     encoded without control tokens, so no message can end its own turn. Raises
     ValueError when the tokenizer has none for a conversation.
     """
-    formats = (
-        turn for opens, turn in CHAT_FORMATS.items() if opens in tokenizer.control
-    )
-    if (turn := next(formats, None)) is None:
+    opens = next((name for name in CHAT_FORMATS if name in tokenizer.control), None)
+    if opens is None:
         raise ValueError("the model's tokenizer has no tokens for a conversation")
-    ids = [i for i in tokenizer.opening if i != tokenizer.control[turn[0]]]
-    text_at = next(i for i, part in enumerate(turn) if "{text}" in part)
-    answer = turn[: text_at + 1]
-    asked = [(part, role, text) for role, text in messages for part in turn]
-    for part, role, text in [*asked, *((part, "assistant", "") for part in answer)]:
-        if part in tokenizer.control:
-            ids.append(tokenizer.control[part])
-        else:
-            ids += tokenizer.encode_plain(part.format(role=role, text=text.strip()))
+    until, after = CHAT_FORMATS[opens]
+    turns = [(until + after, role, text) for role, text in messages]
+    ids = list(tokenizer.opening)
+    for parts, role, text in [*turns, (until, "assistant", "")]:
+        words = {"role": role, "text": text, "trimmed": text.strip()}
+        for part in parts:
+            if part in tokenizer.control:
+                ids.append(tokenizer.control[part])
+            else:
+                ids += tokenizer.encode_plain(part.format(**words))
     return ids
 
 
