@@ -69,7 +69,7 @@ def record_smollm2(chapter: Chapter) -> None:
         module.read_config(folder), module.load_tokenizer(folder)
     )
     results.write(
-        chapter.results / "smollm2.json",
+        chapter.results / "verify_smollm2.json",
         f"python {chapter.path} verify --model data/smollm2",
         {
             "tokens": tokens[0].numel(),
