@@ -23,7 +23,7 @@ its methods; a rename is one dropped and one new.
     python tests/lineage.py                     check every chapter
     python tests/lineage.py --declare ch02      the Lineage block as it should read
     python tests/lineage.py --table             chapter by definition, in Markdown
-    python tests/lineage.py --diff ch02 ch04    the units that differ between the two
+    python tests/lineage.py --diff ch02 ch04    what the two differ in; --only NAME …
     python tests/lineage.py --carry UNIT        copy a fixed unit into later chapters
 """
 
@@ -553,8 +553,12 @@ def table(root: Path = ROOT, part: str = "all") -> str:
     return "\n".join(lines)
 
 
-def diff(first: str, second: str, root: Path = ROOT) -> str:
-    """The unified diffs of all units in which two chapters differ."""
+def diff(first: str, second: str, root: Path = ROOT, only: Iterable[str] = ()) -> str:
+    """What two chapters differ in: the names, then the unified diffs of these units.
+
+    `only` names definitions to print the diffs of, and nothing else; ValueError for one
+    that neither chapter has.
+    """
     a, b = find(first, root), find(second, root)
     old, new = outline(a.source), outline(b.source)
     names = [n for n in old.units if n not in new.units]
@@ -563,10 +567,16 @@ def diff(first: str, second: str, root: Path = ROOT) -> str:
         for n in new.units
         if n not in old.units or old.units[n].text != new.units[n].text
     ]
+    owners = {unit.owner for part in (old, new) for unit in part.units.values()}
+    if missing := [name for name in only if name not in owners]:
+        raise ValueError(f"neither chapter defines {', '.join(missing)}")
+    if only:
+        names = [n for n in names if n.split(".")[0] in set(only)]
     parts = [
         unit_diff(old.units.get(n), new.units.get(n), a.path, b.path) for n in names
     ]
-    return "\n\n".join(parts)
+    head = [] if only else [f"To {b.path}\n" + compare(old, new, a.path).block()]
+    return "\n\n".join(head + parts)
 
 
 def carry(name: str, start: str | None = None, root: Path = ROOT) -> list[str]:
@@ -680,6 +690,9 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         "--carry", metavar="UNIT", help="copy a unit into the later chapters"
     )
     parser.add_argument(
+        "--only", nargs="+", default=(), metavar="NAME", help="with --diff: only these"
+    )
+    parser.add_argument(
         "--part",
         choices=("all", "model", "running"),
         default="all",
@@ -707,7 +720,7 @@ def run(args: argparse.Namespace, root: Path) -> int:
     elif args.table:
         print(table(root, args.part))
     elif args.diff:
-        print(diff(*args.diff, root))
+        print(diff(*args.diff, root, args.only))
     elif args.carry:
         written = carry(args.carry, args.start, root)
         done = ", ".join(written) or "no later chapter needs it"

@@ -410,6 +410,13 @@ def test_diff_between_any_two_chapters(book):
     assert "-        self.a = 1\n+        self.a = 3" in text
     assert "-def main():" in text and "+def run():" in text
     assert "norm" not in text
+    head = text.split("\n\n")[0]
+    assert head.startswith("To ch03_three/three.py\nLineage: from ch01_one/one.py\n")
+    assert "new: run" in head and "dropped: main" in head
+    some = lineage.diff("ch01", "ch03", root, ["run"])
+    assert "+def run():" in some and "self.a" not in some and "Lineage" not in some
+    with pytest.raises(ValueError, match="neither chapter defines fly"):
+        lineage.diff("ch01", "ch03", root, ["run", "fly"])
     with pytest.raises(ValueError, match=r"no single chapter starts with 'ch09'.*ch01"):
         lineage.diff("ch01", "ch09", root)
 
@@ -520,6 +527,8 @@ def test_the_command_line(book, capsys):
     assert "no single chapter starts with 'ch05'" in capsys.readouterr().err
     assert lineage.main(["--diff", "ch01", "ch02"], root) == 0
     assert "+" in capsys.readouterr().out
+    assert lineage.main(["--diff", "ch01", "ch02", "--only", "norm"], root) == 0
+    assert capsys.readouterr().out.startswith("--- ")
     assert lineage.main(["--table", "--part", "model"], root) == 0
     assert "| `norm` | new | changed |" in capsys.readouterr().out
     assert lineage.main(["--carry", "norm"], root) == 0
