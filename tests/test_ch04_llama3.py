@@ -621,6 +621,24 @@ def test_the_scaled_frequencies_of_the_presets(hf, name, bands):
 
 
 @torch.no_grad()
+def test_rotary_tables_are_never_rounded(monkeypatch):
+    """A bfloat16 angle of position 80,000 would be wrong by turns."""
+    seen, real = set(), llama3.apply_rope
+    monkeypatch.setattr(
+        llama3,
+        "apply_rope",
+        lambda x, rope: seen.add((x.dtype, rope.dtype)) or real(x, rope),
+    )
+    ours_random(torch.bfloat16)(some_tokens(1, 20))
+    assert seen == {(torch.bfloat16, torch.float32)}
+    config = rope_config(rope_theta=500000.0)
+    table = llama3.rope_table(torch.tensor([80_000]), config).double()
+    angle = 80_000 * 500000.0 ** (-torch.arange(7, dtype=torch.float64) / 7)
+    exact = torch.stack([angle.cos(), angle.sin()])[:, None]
+    equal(table, exact, 1e-2)  # what float32 leaves of an angle of 80,000
+
+
+@torch.no_grad()
 def test_no_rotary_table_goes_stale(tmp_path):
     """It is computed in each pass, from the config: nothing to move, cast or load."""
     ours, tokens = ours_random(), some_tokens(2, 80)
