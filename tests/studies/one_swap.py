@@ -67,7 +67,7 @@ LABELS = {
     "rmsnorm": "+ RMSNorm",
     "rope": "+ RoPE",
     "swiglu": "+ SwiGLU",
-    "gqa": "+ GQA = Llama 3",
+    "gqa": "+ GQA",
 }
 RUNGS = tuple(LABELS)
 SEEDED, OTHER_SEED = ("gpt2", "rope"), 1
@@ -537,7 +537,7 @@ def draw(parts: dict, path: Path) -> Path:
     """The curves of the loss, and beside them the shares of sound stories."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     trained, seeds = parts["trained"], parts.get("seeds", {})
     colours = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
@@ -547,12 +547,12 @@ def draw(parts: dict, path: Path) -> Path:
         left.plot(*zip(*row["curve"], strict=True), color=colour, lw=1.4, label=label)
         if rung in seeds:
             again = zip(*seeds[rung]["curve"], strict=True)
-            left.plot(*again, color=colour, lw=0.9, ls=":")
+            left.plot(*again, color=colour, lw=1, ls=":")
     left.set(xlabel="step", ylabel="held-out loss, nats a token", yscale="log")
-    ticks = [tick / 10 for tick in range(1, 71)]
     low, high = left.get_ylim()
-    left.set_yticks([tick for tick in ticks if low <= tick <= high and tick < 1.05])
-    left.yaxis.set_major_formatter("{x:.1f}")
+    ticks = (0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2, 3, 4, 5, 6)
+    left.set_yticks([tick for tick in ticks if low <= tick <= high])
+    left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("")
     left.grid(alpha=0.3)
     left.legend(title="at the end", fontsize="small")
@@ -561,6 +561,7 @@ def draw(parts: dict, path: Path) -> Path:
         "consistency": "at most 3 characters and 2 things",
         "without_faults": "without any fault",
     }
+    again = f", from seed {seeds['seed']}" if seeds else ""
     for shift, (name, (marker, colour)) in zip((-0.1, 0.1), names.items(), strict=True):
         for runs, filled in ((trained, True), (seeds, False)):
             rungs = [rung for rung in RUNGS if rung in runs]
@@ -580,12 +581,13 @@ def draw(parts: dict, path: Path) -> Path:
                 color=colour,
                 mfc=colour if filled else "white",
                 capsize=3,
-                label=labels[name] if filled else None,
+                label=labels[name] + ("" if filled else again),
             )
-    right.set_xticks(range(len(RUNGS)), [LABELS[rung] for rung in RUNGS], rotation=20)
+    right.set_xticks(range(len(RUNGS)), LABELS.values(), fontsize="small")
     right.set(ylabel=f"share of {trained['stories']} written stories", ylim=(0, 1.02))
     right.grid(alpha=0.3, axis="y")
-    right.legend(fontsize="small", loc="lower right")
+    shown = right.get_legend_handles_labels()
+    figure.legend(*shown, loc="outside lower right", ncols=2, fontsize="small")
     with llama3.replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
     return path
