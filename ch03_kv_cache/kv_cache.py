@@ -760,6 +760,8 @@ def stream(
     B, T = tokens.shape
     if T == 0:
         raise ValueError("the prompt is empty; give at least one token")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it cannot be negative")
     if T + max_new_tokens > model.config.max_seq_len:
         raise ValueError(
             f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit the "
@@ -1872,17 +1874,23 @@ def example(model: Transformer, tokenizer: Tokenizer, prompt: str = "One day") -
     return " ".join(tokenizer.decode(out[0].tolist()).split())
 
 
-def stream_text(tokenizer: Tokenizer, steps: Iterable[Tensor]) -> Iterator[str]:
-    """The text of a stream of (1,) ids, held back while a character is not whole."""
-    pending: list[int] = []
+def stream_text(
+    tokenizer: Tokenizer, steps: Iterable[Tensor], behind: Sequence[int] = ()
+) -> Iterator[str]:
+    """The text of a stream of (1,) ids, held back while a character is not whole.
+
+    Each piece is decoded together with the ids `behind` it: alone, some decoders would
+    drop its first blank.
+    """
+    behind, pending = list(behind), []
     for step in steps:
         pending.append(int(step[0]))
-        text = tokenizer.decode(pending)
+        text = tokenizer.decode(behind + pending)[len(tokenizer.decode(behind)) :]
         if not text.endswith("\ufffd") or len(pending) > 8:
             yield text
-            pending = []
+            behind, pending = pending, []
     if pending:
-        yield tokenizer.decode(pending)
+        yield tokenizer.decode(behind + pending)[len(tokenizer.decode(behind)) :]
 
 
 def run_generate(args: argparse.Namespace) -> int:

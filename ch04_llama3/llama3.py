@@ -30,7 +30,7 @@ Lineage: from ch03_kv_cache/kv_cache.py
         RMSNorm rope_frequencies rope_table apply_rope to_half_split to_interleaved
         META_MODULES is_meta_format read_config open_meta read_meta meta_to_hf
         LLAMA3_PATTERN LLAMA3_CONTROL CHAT_FORMATS llama3_tokenizer encode_chat stop_ids
-        real_text answer
+        real_text prompt_ids answer
     dropped: Config.head_dim Config.multi_query DISTINCT_KV GPT2_124M GPT2_355M
         GPT2_774M GPT2_1558M LayerNorm CONV1D generate_uncached compare_with_uncached
 """
@@ -106,6 +106,8 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
                 raise ValueError(f"{name} is {value!r}; it must be a positive number")
+        if self.rope_factor < 1:
+            raise ValueError(f"rope_factor is {self.rope_factor}; it is at least 1")
         if not self.rope_low_freq_factor < self.rope_high_freq_factor:
             raise ValueError(
                 f"rope_low_freq_factor {self.rope_low_freq_factor} must be below "
@@ -329,7 +331,9 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     This is the half-split order of Hugging Face's files. Meta's own pair neighbours,
     (2i, 2i + 1); `to_half_split` converts their weights.
     """
-    cos, sin = rope
+    cos, sin = (
+        rope  # float32, as in Meta's code; Hugging Face's rounds them to x's type
+    )
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
@@ -912,6 +916,8 @@ def stream(
     B, T = tokens.shape
     if T == 0:
         raise ValueError("the prompt is empty; give at least one token")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it cannot be negative")
     if T + max_new_tokens > model.config.max_seq_len:
         raise ValueError(
             f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit the "
@@ -1279,7 +1285,7 @@ def json_tokenizer(path: Path) -> Tokenizer:
         reader.encode_special_tokens = plain
         return reader.encode(text, add_special_tokens=False).ids
 
-    ends = ("<|end_of_text|>", END_OF_TEXT)  # Llama 3's, and GPT-2's
+    ends = ("<|end_of_text|>", END_OF_TEXT, "</s>")  # Llama 3's, GPT-2's, Llama 2's
     return Tokenizer(
         vocab_size=reader.get_vocab_size(),
         eos_id=next((control[name] for name in ends if name in control), None),
@@ -1359,7 +1365,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]) -> li
         raise ValueError("the model's tokenizer has no tokens for a conversation")
     until, after = CHAT_FORMATS[opens]
     turns = [(until + after, role, text) for role, text in messages]
-    ids = list(tokenizer.opening)
+    ids = [i for i in tokenizer.opening if i != tokenizer.control[opens]]
     for parts, role, text in [*turns, (until, "assistant", "")]:
         words = {"role": role, "text": text, "trimmed": text.strip()}
         for part in parts:
@@ -2056,7 +2062,7 @@ def choose(args: argparse.Namespace) -> tuple[Config, Recipe, Tokenizer]:
         tokenizer = load_tokenizer(args.tokenizer or default_tokenizer())
         config = presets()[args.preset or "TINY"]
         config = replace(config, vocab_size=tokenizer.vocab_size)
-        config = replace(config, eos_id=tokenizer.eos_id)
+        config = replace(config, bos_id=None, eos_id=tokenizer.eos_id)
     if args.n_kv_heads is not None:
         config = replace(config, n_kv_heads=args.n_kv_heads)
     return config, recipe, tokenizer
@@ -2159,17 +2165,37 @@ def example(model: Transformer, tokenizer: Tokenizer, prompt: str = "One day") -
     return " ".join(tokenizer.decode(out[0].tolist()).split())
 
 
-def stream_text(tokenizer: Tokenizer, steps: Iterable[Tensor]) -> Iterator[str]:
-    """The text of a stream of (1,) ids, held back while a character is not whole."""
-    pending: list[int] = []
+def stream_text(
+    tokenizer: Tokenizer, steps: Iterable[Tensor], behind: Sequence[int] = ()
+) -> Iterator[str]:
+    """The text of a stream of (1,) ids, held back while a character is not whole.
+
+    Each piece is decoded together with the ids `behind` it: alone, some decoders would
+    drop its first blank.
+    """
+    behind, pending = list(behind), []
     for step in steps:
         pending.append(int(step[0]))
-        text = tokenizer.decode(pending)
+        text = tokenizer.decode(behind + pending)[len(tokenizer.decode(behind)) :]
         if not text.endswith("\ufffd") or len(pending) > 8:
             yield text
-            pending = []
+            behind, pending = pending, []
     if pending:
-        yield tokenizer.decode(pending)
+        yield tokenizer.decode(behind + pending)[len(tokenizer.decode(behind)) :]
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, prompt: str, chat: bool, system: str | None
+) -> list[int]:
+    """The ids of a text to continue or, in a chat, of a message to answer."""
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    if chat:
+        first = [] if system is None else [("system", system)]
+        return encode_chat(tokenizer, [*first, ("user", prompt)])
+    if system is not None:
+        raise ValueError("--system is for a conversation: add --chat")
+    return [*tokenizer.opening, *tokenizer.encode(prompt)]
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -2181,15 +2207,7 @@ def run_generate(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(find_folder(args.model))
     check_vocabulary(model, tokenizer)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
-    if args.system is not None and not args.chat:
-        raise ValueError("--system is for a conversation: add --chat")
-    if args.chat:
-        system = [] if args.system is None else [("system", args.system)]
-        ids = encode_chat(tokenizer, [*system, ("user", prompt)])
-    else:
-        ids = [*tokenizer.opening, *tokenizer.encode(prompt)]
+    ids = prompt_ids(tokenizer, prompt, args.chat, args.system)
     room = model.config.max_seq_len - len(ids)
     if room < 1:
         raise ValueError(
@@ -2207,7 +2225,8 @@ def run_generate(args: argparse.Namespace) -> int:
         stop=stops,
         generator=torch.Generator(device).manual_seed(args.seed),
     )
-    texts = stream_text(tokenizer, (step for step in steps if int(step) not in stops))
+    shown = (step for step in steps if int(step) not in stops)
+    texts = stream_text(tokenizer, shown, behind=ids[-1:])
     first = next(texts, "")  # a mistake shows here, before anything is printed
     print("" if args.chat else prompt, end="")
     for text in itertools.chain([first], texts):
