@@ -47,6 +47,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -926,24 +927,21 @@ def read_json(path: Path) -> dict:
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every (name, tensor) of a checkpoint folder, one in memory at a time.
 
-    Safetensors files are opened anew for each tensor, so that the pages of those
-    already copied are given back; `pytorch_model.bin` is read whole.
+    The largest come first, so that the file's copy of an embedding is in memory while
+    the model is still empty. A file is mapped anew for each tensor, so that the pages
+    of those already copied are given back.
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict):
             raise ValueError(f"{index} holds no weight_map")
-        yield from read_safetensors([folder / name for name in set(shards.values())])
+        names = sorted(set(shards.values()))
+        yield from read_safetensors([folder / name for name in names])
     elif (folder / "model.safetensors").exists():
         yield from read_safetensors([folder / "model.safetensors"])
     elif (folder / "pytorch_model.bin").exists():
-        path = folder / "pytorch_model.bin"
-        state = read_torch(path)
-        for name in list(state):
-            if not isinstance(state[name], Tensor):
-                raise ValueError(f"{path}: {name} is no tensor")
-            yield name, state.pop(name)
+        yield from read_bin(folder / "pytorch_model.bin")
     else:
         raise FileNotFoundError(
             f"{folder} holds neither model.safetensors nor pytorch_model.bin"
@@ -951,11 +949,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of these safetensors files, the largest first.
-
-    So the file's copy of an embedding is in memory while the model is still empty, not
-    on top of a full one.
-    """
+    """Every (name, tensor) of these safetensors files, the largest first."""
     from safetensors import SafetensorError, safe_open
 
     found = []
@@ -972,10 +966,30 @@ def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{path} is damaged or cut short: {error}") from None
 
 
-def read_torch(path: Path) -> dict:
-    """What `torch.save` wrote to `path`; nothing in it is executed."""
+def read_bin(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of a file of `torch.save`, the largest first.
+
+    Only torch's zip format can be mapped; an older file is read whole.
+    """
+    mapped = zipfile.is_zipfile(path)
+    state = read_torch(path, mapped)
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: {name} is no tensor")
+    sizes = {name: state[name].numel() for name in state}
+    if mapped:
+        state, tensor = {}, None  # or its pages would stay
+    for name in sorted(sizes, key=lambda name: (sizes[name], name), reverse=True):
+        yield name, (read_torch(path, mapped) if mapped else state).pop(name)
+
+
+def read_torch(path: Path, mapped: bool = False) -> dict:
+    """What `torch.save` wrote to `path`; nothing in it is executed.
+
+    If `mapped`, a tensor is read from the file only where it is looked at.
+    """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise
     except Exception as error:  # zip, pickle and tensor errors have no common base

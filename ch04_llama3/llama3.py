@@ -23,14 +23,14 @@ Lineage: from ch03_kv_cache/kv_cache.py
         Attention Attention.__init__ Attention.forward FeedForward FeedForward.__init__
         FeedForward.forward Block.__init__ Block.forward Transformer
         Transformer.__init__ Transformer.hidden Transformer.from_pretrained HF_MODULES
-        HF_NAMES STAGES canonical to_ours to_theirs read_torch Tokenizer json_tokenizer
+        HF_NAMES STAGES canonical to_ours to_theirs Tokenizer json_tokenizer
         load_tokenizer Recipe Recipe.__post_init__ small_config reference verify_inputs
         TOLERANCE open_data choose run_generate demo add_generate
     new: Config.from_meta HF_ROPE rope_from_hf LLAMA_3_2_1B LLAMA_3_2_3B LLAMA_3_1_8B
         RMSNorm rope_frequencies rope_table apply_rope to_half_split to_interleaved
-        META_MODULES is_meta_format read_config open_meta read_meta meta_to_hf
-        LLAMA3_PATTERN LLAMA3_CONTROL CHAT_FORMATS llama3_tokenizer encode_chat stop_ids
-        real_text prompt_ids answer
+        META_MODULES is_meta_format read_config read_meta meta_to_hf LLAMA3_PATTERN
+        LLAMA3_CONTROL CHAT_FORMATS llama3_tokenizer encode_chat stop_ids real_text
+        prompt_ids answer
     dropped: Config.head_dim Config.multi_query DISTINCT_KV GPT2_124M GPT2_355M
         GPT2_774M GPT2_1558M LayerNorm CONV1D generate_uncached compare_with_uncached
 """
@@ -49,6 +49,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -722,42 +723,27 @@ def read_config(folder: Path, rope_factor: float | None = None) -> Config:
     name = "params.json" if is_meta_format(folder) else "config.json"
     found = read_json(folder / name)
     try:
-        if name == "params.json":
-            tensors = open_meta(folder)
-            head, embedding = map(
-                tensors.get, ("output.weight", "tok_embeddings.weight")
-            )
-            same = head is not None and embedding is not None
-            tied = head is None or (same and torch.equal(head, embedding))
-            return Config.from_meta(found, tied=tied, rope_factor=rope_factor)
-        if rope_factor is not None:
-            raise ValueError("config.json says what the rope_factor is; leave it out")
-        return Config.from_hf(found)
+        if name == "config.json":
+            if rope_factor is not None:
+                raise ValueError(
+                    "config.json says what the rope_factor is; leave it out"
+                )
+            return Config.from_hf(found)
+        if (folder / "consolidated.01.pth").exists():
+            raise ValueError("the checkpoint is cut for several GPUs; one file is read")
+        tensors = read_torch(folder / "consolidated.00.pth", mapped=True)
+        pair = [tensors.get(k) for k in ("output.weight", "tok_embeddings.weight")]
+        same = all(isinstance(t, Tensor) for t in pair) and torch.equal(*pair)
+        tied = same or pair[0] is None
+        return Config.from_meta(found, tied=tied, rope_factor=rope_factor)
     except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{name} holds a value of a wrong kind: {error}") from None
 
 
-def open_meta(folder: Path) -> dict[str, Tensor]:
-    """The tensors of Meta's file by name, read from it only where looked at."""
-    path = folder / "consolidated.00.pth"
-    if (folder / "consolidated.01.pth").exists():
-        raise ValueError("the checkpoint is cut for several GPUs; one file is read")
-    found = read_torch(path, mmap=True)
-    for name, tensor in found.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: {name} is no tensor")
-    return found
-
-
 def read_meta(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of Meta's file under Hugging Face's name and in its layout.
-
-    The file is mapped anew for each tensor, so that the pages of those already copied
-    are given back; the largest come first, while the model is still empty.
-    """
-    sizes = {name: tensor.numel() for name, tensor in open_meta(folder).items()}
-    for name in sorted(sizes, key=sizes.get, reverse=True):
-        theirs, tensor = meta_to_hf(name), open_meta(folder)[name]
+    """Every tensor of Meta's file under Hugging Face's name and in its layout."""
+    for name, tensor in read_bin(folder / "consolidated.00.pth"):
+        theirs = meta_to_hf(name)
         rotary = theirs.endswith(("q_proj.weight", "k_proj.weight"))
         if rotary and tensor.dim() == 2 and tensor.shape[0] % config.head_dim == 0:
             tensor = to_half_split(tensor, config.head_dim)  # else `fill` refuses it
@@ -1082,24 +1068,21 @@ def read_json(path: Path) -> dict:
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every (name, tensor) of a checkpoint folder, one in memory at a time.
 
-    Safetensors files are opened anew for each tensor, so that the pages of those
-    already copied are given back; `pytorch_model.bin` is read whole.
+    The largest come first, so that the file's copy of an embedding is in memory while
+    the model is still empty. A file is mapped anew for each tensor, so that the pages
+    of those already copied are given back.
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict):
             raise ValueError(f"{index} holds no weight_map")
-        yield from read_safetensors([folder / name for name in set(shards.values())])
+        names = sorted(set(shards.values()))
+        yield from read_safetensors([folder / name for name in names])
     elif (folder / "model.safetensors").exists():
         yield from read_safetensors([folder / "model.safetensors"])
     elif (folder / "pytorch_model.bin").exists():
-        path = folder / "pytorch_model.bin"
-        state = read_torch(path)
-        for name in list(state):
-            if not isinstance(state[name], Tensor):
-                raise ValueError(f"{path}: {name} is no tensor")
-            yield name, state.pop(name)
+        yield from read_bin(folder / "pytorch_model.bin")
     else:
         raise FileNotFoundError(
             f"{folder} holds neither model.safetensors nor pytorch_model.bin"
@@ -1107,11 +1090,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of these safetensors files, the largest first.
-
-    So the file's copy of an embedding is in memory while the model is still empty, not
-    on top of a full one.
-    """
+    """Every (name, tensor) of these safetensors files, the largest first."""
     from safetensors import SafetensorError, safe_open
 
     found = []
@@ -1128,13 +1107,30 @@ def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{path} is damaged or cut short: {error}") from None
 
 
-def read_torch(path: Path, mmap: bool = False) -> dict:
+def read_bin(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of a file of `torch.save`, the largest first.
+
+    Only torch's zip format can be mapped; an older file is read whole.
+    """
+    mapped = zipfile.is_zipfile(path)
+    state = read_torch(path, mapped)
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: {name} is no tensor")
+    sizes = {name: state[name].numel() for name in state}
+    if mapped:
+        state, tensor = {}, None  # or its pages would stay
+    for name in sorted(sizes, key=lambda name: (sizes[name], name), reverse=True):
+        yield name, (read_torch(path, mapped) if mapped else state).pop(name)
+
+
+def read_torch(path: Path, mapped: bool = False) -> dict:
     """What `torch.save` wrote to `path`; nothing in it is executed.
 
-    With `mmap` a tensor is read from the file only where it is looked at.
+    If `mapped`, a tensor is read from the file only where it is looked at.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise
     except Exception as error:  # zip, pickle and tensor errors have no common base
