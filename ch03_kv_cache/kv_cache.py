@@ -1910,7 +1910,8 @@ def stream_text(
 def run_generate(args: argparse.Namespace) -> int:
     """The command `generate`: continue a prompt, shown as it is written."""
     device = open_device(args.device)
-    model = Transformer.from_pretrained(args.model, device=device)
+    dtype = getattr(torch, args.dtype)
+    model = Transformer.from_pretrained(args.model, dtype=dtype, device=device)
     tokenizer = load_tokenizer(find_folder(args.model))
     check_vocabulary(model, tokenizer)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -2084,6 +2085,12 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-p", type=float, metavar="P")
     command.add_argument("--seed", type=int, default=0, metavar="N")
     command.add_argument("--device", default=default_device())
+    command.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of the weights: bfloat16 takes half the memory, and is slow on many CPUs",
+    )
     command.set_defaults(run=run_generate)
 
 

@@ -2197,8 +2197,9 @@ def prompt_ids(
 def run_generate(args: argparse.Namespace) -> int:
     """The command `generate`: continue a prompt, or answer it, as it is written."""
     device = open_device(args.device)
+    dtype, factor = getattr(torch, args.dtype), args.rope_factor
     model = Transformer.from_pretrained(
-        args.model, device=device, rope_factor=args.rope_factor
+        args.model, dtype=dtype, device=device, rope_factor=factor
     )
     tokenizer = load_tokenizer(find_folder(args.model))
     check_vocabulary(model, tokenizer)
@@ -2368,6 +2369,12 @@ def add_generate(command: argparse.ArgumentParser) -> None:
         help="of a checkpoint in Meta's own format; default: by its size",
     )
     command.add_argument("--device", default=default_device())
+    command.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of the weights: bfloat16 takes half the memory, and is slow on many CPUs",
+    )
     command.set_defaults(run=run_generate)
 
 

@@ -1378,7 +1378,7 @@ def trained(capsys, corpus, out: Path, *more: object) -> str:
     return said
 
 
-def test_train_generate_and_resume(capsys, corpus, tmp_path):
+def test_train_generate_and_resume(capsys, corpus, tmp_path, monkeypatch):
     out = tmp_path / "run"
     said = trained(capsys, corpus, out, "--dropout", 0.1)
     assert "held out" in said and "step     2 of 4" in said
@@ -1390,6 +1390,17 @@ def test_train_generate_and_resume(capsys, corpus, tmp_path):
         for seed in (1, 1, 2)
     )
     assert first == again != other and first[0] == 0 and first[1].startswith("the")
+    loaded, real = [], gpt2.Transformer.from_pretrained.__func__
+
+    def note(cls, source, **more):
+        loaded.append(real(cls, source, **more))
+        return loaded[-1]
+
+    monkeypatch.setattr(gpt2.Transformer, "from_pretrained", classmethod(note))
+    for dtype in ("float32", "bfloat16"):
+        code, _, err = run(capsys, *asked, "--dtype", dtype)
+        assert (code, err) == (0, "")
+        assert str(loaded[-1].embed.weight.dtype) == f"torch.{dtype}"
     code, said, err = run(capsys, "train", "--out", out, "--resume")
     assert (code, err) == (0, "") and "--steps" in said
     code, said, err = run(capsys, "train", "--out", out, "--resume", "--steps", 6)
