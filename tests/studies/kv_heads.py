@@ -445,7 +445,7 @@ def version(sizes: Sizes, sources: dict[str, str]) -> str:
 
 
 def kept(path: Path) -> dict:
-    """The parts of the record at `path`; ValueError when they are of other sources."""
+    """The record at `path`, if any; ValueError when it is of other sources."""
     if not path.exists():
         return {}
     stale = results.changed(path)
@@ -454,20 +454,28 @@ def kept(path: Path) -> dict:
             f"{path} was recorded with another {', '.join(stale)}: "
             "run all of it again, without --only"
         )
-    return results.read(path)["data"]
+    return results.read(path)
 
 
-def write(path: Path, parts: dict, command: str, before: dict[str, str]) -> None:
-    """Write the record; ValueError when a source is not what it was `before`."""
+def write(
+    path: Path, parts: dict, command: str, before: dict[str, str], accepted: list
+) -> None:
+    """Write the record; ValueError when a source is not what it was `before`.
+
+    `accepted` are the changes that the parts taken over from a record have survived.
+    """
     ordered = {name: parts[name] for name in PARTS if name in parts}
     with module.replacing(path) as partial:
         results.write(partial, command, ordered, before)
-        now = results.read(partial)["sources"]
+        written = results.read(partial)
+        now = written["sources"]
         if changed := [source for source in now if now[source] != before[source]]:
             raise ValueError(
                 f"{', '.join(changed)} changed meanwhile, so nothing is recorded; "
                 "run it again"
             )
+        if accepted:
+            results.save(partial, written | {"accepted": accepted})
 
 
 def study(args: argparse.Namespace) -> None:
@@ -479,7 +487,8 @@ def study(args: argparse.Namespace) -> None:
         raise ValueError(f"{path} is a folder; --record names a file")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"{args.out} is a file; --out names a folder")
-    parts = kept(path) if args.only else {}
+    old = kept(path) if args.only else {}
+    parts = dict(old.get("data", {}))
     before = {source: results.digest(source) for source in SOURCES}
     runs = Runs(sizes, args.out, version(sizes, before))
     for name in [args.only] if args.only else PARTS:
@@ -489,7 +498,7 @@ def study(args: argparse.Namespace) -> None:
             "date": datetime.date.today().isoformat(),
         }
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-    write(path, parts, command, before)
+    write(path, parts, command, before, old.get("accepted", []))
     print(f"written: {path}")
 
 
