@@ -332,9 +332,8 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     This is the half-split order of Hugging Face's files. Meta's own pair neighbours,
     (2i, 2i + 1); `to_half_split` converts their weights.
     """
-    cos, sin = (
-        rope  # float32, as in Meta's code; Hugging Face's rounds them to x's type
-    )
+    # The tables are float32, as in Meta's code; Hugging Face rounds them to x's dtype.
+    cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
