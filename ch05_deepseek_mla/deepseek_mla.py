@@ -1,0 +1,2539 @@
+# SPDX-License-Identifier: MIT
+# From the companion code of the book, ch05_deepseek_mla/deepseek_mla.py; it runs alone,
+# with torch.
+"""DeepSeek's multi-head latent attention: one small vector a token in the cache.
+
+DeepSeek-V2 (arXiv:2405.04434 §2.1), DeepSeek-V3 (arXiv:2412.19437 §2.1.1).
+
+    latent = RMSNorm(W_DKV x)          C numbers a token, for all heads       eq. 9
+    k_r    = R_n W_KR x                R numbers a token, rotated, shared     eq. 15
+    k_h, v_h = [W_UK_h latent; k_r], W_UV_h latent         made from these   eqs. 10, 16
+    q_h    = [W_UQ_h c_q; R_m W_QR_h c_q],  c_q = RMSNorm(W_DQ x)          eqs. 12 to 14
+    out    = W_O [ Σ_n softmax_n(q_h · k_h,n · scale) v_h,n ]_h           eqs. 17 to 19
+
+The cache holds latent and k_r, C + R numbers a token. They need not be expanded to be
+used, for W_UK can go to the query and W_UV behind the sum ("absorption"):
+
+    q_h · W_UK_h latent_n = (W_UK_hᵀ q_h) · latent_n
+    Σ_n p_n W_UV_h latent_n = W_UV_h Σ_n p_n latent_n
+
+Letters: B batch, T positions in this call, S positions so far, V vocabulary, D model
+width, H heads, L layers, F feed-forward width; C width of the latent, Q of the queries'
+latent; of a head, K the plain and R the rotary width of query and key, W the value's.
+
+Lineage: from ch04_llama3/llama3.py
+    changed: Config Config.__post_init__ Config.from_hf Config.to_hf HF_CONFIG HF_ROPE
+        rope_from_hf TINY rope_frequencies rope_table LayerCache LayerCache.__init__
+        LayerCache.append KVCache.nbytes KVCache.expect Attention Attention.__init__
+        Attention.forward Transformer Transformer.new_cache Transformer.hidden
+        Transformer.from_pretrained HF_MODULES to_ours to_theirs read_config
+        small_config reference choose start_from run_generate demo add_train
+        add_generate
+    new: Config.softmax_scale HF_CLASSES HF_NEEDED MLA_V3 MLA_V2_LITE LATENT_EPS
+        yarn_scale attend_naive attend_absorb_k attend_absorb_kv attend_latent_cache
+        parts masked_softmax absorption_pays Attention.queries Attention.latents
+        reorder_rotary compare_forms
+    dropped: Config.from_meta LLAMA_3_2_1B LLAMA_3_2_3B LLAMA_3_1_8B META_MODULES
+        is_meta_format read_meta meta_to_hf pool_heads answer
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import hashlib
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import zipfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a DeepSeek model whose feed-forward layers are all dense.
+
+    Without `q_lora_rank` queries come from the stream by one matrix. `rope_factor`
+    above 1 asks for YaRN (`rope_frequencies`); `rope_mscale` and `rope_mscale_all_dim`
+    are its scale of the rotary part and of the softmax, 0 where the file names none.
+    `rope_interleave` and `model_type` say how the checkpoint is written.
+    """
+
+    vocab_size: int = 129280
+    max_seq_len: int = 163840
+    dim: int = 7168
+    n_layers: int = 61
+    n_heads: int = 128
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    nope_head_dim: int = 128
+    rope_head_dim: int = 64
+    v_head_dim: int = 128
+    ffn_dim: int = 18432
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_factor: float = 1.0
+    rope_original_len: int = 4096
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_mscale: float = 0.0
+    rope_mscale_all_dim: float = 0.0
+    rope_interleave: bool = True
+    model_type: str = "deepseek_v3"
+    tie_embeddings: bool = False
+    pad_id: int | None = None
+    bos_id: int | None = None
+    eos_id: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "max_seq_len", "dim", "n_layers", "n_heads", "ffn_dim")
+        sizes += ("kv_lora_rank", "nope_head_dim", "rope_head_dim", "v_head_dim")
+        sizes += ("rope_original_len",)
+        if self.q_lora_rank is not None:
+            sizes += ("q_lora_rank",)
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+        if self.rope_head_dim % 2:
+            raise ValueError(
+                f"rope_head_dim is {self.rope_head_dim}; rotary pairs need it even"
+            )
+        for name in ("norm_eps", "rope_theta", "rope_factor", "rope_beta_slow"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name} is {value!r}; it must be a positive number")
+        if self.rope_factor < 1:
+            raise ValueError(f"rope_factor is {self.rope_factor}; it is at least 1")
+        if not self.rope_beta_slow < self.rope_beta_fast:
+            raise ValueError(
+                f"rope_beta_slow {self.rope_beta_slow} must be below "
+                f"rope_beta_fast {self.rope_beta_fast}"
+            )
+        for name in ("rope_mscale", "rope_mscale_all_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value >= 0:
+                raise ValueError(f"{name} is {value!r}; it must not be negative")
+        if self.model_type not in HF_CLASSES:
+            raise ValueError(
+                f"model_type is {self.model_type!r}; known are {', '.join(HF_CLASSES)}"
+            )
+        if not self.rope_interleave and self.model_type == "deepseek_v2":
+            raise ValueError(
+                "DeepSeek-V2 checkpoints have their rotary pairs interleaved"
+            )
+
+    @property
+    def softmax_scale(self) -> float:
+        """What scores are multiplied by: (K + R)^-1/2, and YaRN's factor squared."""
+        width = self.nope_head_dim + self.rope_head_dim
+        return yarn_scale(self.rope_factor, self.rope_mscale_all_dim) ** 2 * width**-0.5
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> Config:
+        """Read a published `config.json`; ValueError for another architecture.
+
+        The rotary settings stand in one dict `rope_parameters` or, as older files have
+        them, in `rope_theta` and `rope_scaling`.
+        """
+        kind = hf.get("model_type")
+        if kind not in HF_CLASSES:
+            raise ValueError(
+                f"this chapter reads DeepSeek checkpoints (model_type "
+                f"{' or '.join(map(repr, HF_CLASSES))}); this one is {kind!r}"
+            )
+        if (activation := hf.get("hidden_act", "silu")) != "silu":
+            raise ValueError(f"DeepSeek uses SiLU; this one uses {activation!r}")
+        for name in ("attention_bias", "mlp_bias"):
+            if hf.get(name):
+                raise ValueError(f"{name} is true; DeepSeek has no biases")
+        if missing := [name for name in HF_NEEDED if hf.get(name) is None]:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        if hf.get("first_k_dense_replace", 0) < hf["num_hidden_layers"]:
+            raise ValueError(
+                "some layers of this checkpoint are mixtures of experts "
+                "(first_k_dense_replace is below num_hidden_layers); chapter 6 reads it"
+            )
+        known = {
+            ours: hf[theirs]
+            for ours, theirs in HF_CONFIG.items()
+            if hf.get(theirs) is not None
+        }
+        usual = {"max_seq_len": 2048, "norm_eps": 1e-6, "tie_embeddings": False}
+        usual |= {"q_lora_rank": None, "model_type": kind}
+        if isinstance(known.get("eos_id"), list):
+            known["eos_id"] = tuple(known["eos_id"])
+        return cls(**usual | known | rope_from_hf(hf))
+
+    def to_hf(self) -> dict:
+        """The `config.json` of the Hugging Face class with the same shape."""
+        scaling = None
+        if self.rope_factor != 1:
+            scaling = {name: getattr(self, ours) for ours, name in HF_ROPE.items()}
+            scaling["type"] = "yarn"
+        stops = list(self.eos_id) if isinstance(self.eos_id, tuple) else self.eos_id
+        hf = {theirs: getattr(self, ours) for ours, theirs in HF_CONFIG.items()} | {
+            "architectures": [HF_CLASSES[self.model_type]],
+            "model_type": self.model_type,
+            "num_key_value_heads": self.n_heads,
+            "first_k_dense_replace": self.n_layers,  # no layer has experts
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "eos_token_id": stops,
+        }
+        if self.model_type == "deepseek_v2":
+            del hf["rope_interleave"]
+        return hf
+
+
+# The architectures that are read, by their model_type.
+HF_CLASSES = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
+# Our config fields and Hugging Face's.
+HF_CONFIG = {
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "nope_head_dim": "qk_nope_head_dim",
+    "rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "ffn_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "rope_interleave": "rope_interleave",
+    "tie_embeddings": "tie_word_embeddings",
+    "pad_id": "pad_token_id",
+    "bos_id": "bos_token_id",
+    "eos_id": "eos_token_id",
+}
+# Those without which there is no model.
+HF_NEEDED = [
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "kv_lora_rank", "v_head_dim"),
+    *("qk_nope_head_dim", "qk_rope_head_dim"),
+]
+# Those within Hugging Face's dict of the rotary scaling.
+HF_ROPE = {
+    "rope_factor": "factor",
+    "rope_original_len": "original_max_position_embeddings",
+    "rope_beta_fast": "beta_fast",
+    "rope_beta_slow": "beta_slow",
+    "rope_mscale": "mscale",
+    "rope_mscale_all_dim": "mscale_all_dim",
+}
+
+
+def rope_from_hf(hf: dict) -> dict:
+    """Our rotary fields from a published config; ValueError for another scaling."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": float(theta)}
+    if kind != "yarn":
+        raise ValueError(
+            f"rotary scaling {kind!r} is not DeepSeek's; 'default' and 'yarn' are read"
+        )
+    if rope.get("factor") is None:
+        raise ValueError("the rotary scaling lacks factor")
+    if rope.get("attention_factor") is not None or rope.get("truncate") is False:
+        raise ValueError("attention_factor and truncate of YaRN are not DeepSeek's")
+    original = HF_ROPE["rope_original_len"]
+    rope = {original: hf.get("max_position_embeddings", 2048)} | rope
+    found = {ours: float(rope.get(name) or 0) for ours, name in HF_ROPE.items()}
+    found["rope_original_len"] = int(found["rope_original_len"])
+    found["rope_beta_fast"] = found["rope_beta_fast"] or 32.0
+    found["rope_beta_slow"] = found["rope_beta_slow"] or 1.0
+    return found | {"rope_theta": float(theta)}
+
+
+# The attention of DeepSeek-V3 and of V2-Lite, with dense layers where those have their
+# experts (chapter 6).
+MLA_V3 = Config(
+    rope_factor=40.0,
+    rope_mscale=1.0,
+    rope_mscale_all_dim=1.0,
+    bos_id=0,
+    eos_id=1,
+)
+MLA_V2_LITE = Config(
+    vocab_size=102400,
+    dim=2048,
+    n_layers=27,
+    n_heads=16,
+    q_lora_rank=None,
+    ffn_dim=10944,
+    rope_factor=40.0,
+    rope_mscale=0.707,
+    rope_mscale_all_dim=0.707,
+    model_type="deepseek_v2",
+    bos_id=100000,
+    eos_id=100001,
+)
+TINY = Config(
+    vocab_size=1025,
+    max_seq_len=256,
+    dim=128,
+    n_layers=3,
+    n_heads=4,
+    q_lora_rank=64,
+    kv_lora_rank=32,
+    nope_head_dim=32,
+    rope_head_dim=16,
+    v_head_dim=32,
+    ffn_dim=352,
+    eos_id=1024,
+)
+
+
+# Of the norms on the latents, whatever that of the others is.
+LATENT_EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + eps) · w over the last dimension (arXiv:1910.07467 eq. 4).
+
+    Unlike LayerNorm it subtracts no mean and has no bias. The weight is applied after
+    the cast back from float32, as Llama's is.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (wide * scale).type_as(x) * self.weight
+
+
+def yarn_scale(factor: float, weight: float) -> float:
+    """0.1 · weight · ln(factor) + 1: how much longer contexts sharpen the softmax.
+
+    YaRN (arXiv:2309.00071 eq. 22) multiplies queries and keys by it.
+    """
+    return 0.1 * weight * math.log(factor) + 1.0
+
+
+def rope_frequencies(config: Config, device: torch.device) -> Tensor:
+    """The angle by which each pair of a head turns per position, (R/2,) radians.
+
+    Pair i turns by theta^(-2i/R) (arXiv:2104.09864 §3.2.2). YaRN (arXiv:2309.00071
+    §3.2) stretches this for long contexts: the pairs up to the one that makes
+    `rope_beta_fast` turns within `rope_original_len` positions are left alone, those
+    from the one with `rope_beta_slow` turns on are slowed down by `rope_factor`, and
+    those between are blended, linearly in their number.
+    """
+    R = config.rope_head_dim
+    i = torch.arange(0, R, 2, device=device).float() / R  # (R/2,)
+    frequency = 1.0 / config.rope_theta**i  # (R/2,)
+    if config.rope_factor == 1:
+        return frequency
+
+    def pair_with(turns: float) -> float:
+        longest = config.rope_original_len / (2 * math.pi * turns)
+        return R / 2 * math.log(longest) / math.log(config.rope_theta)
+
+    first = max(math.floor(pair_with(config.rope_beta_fast)), 0)
+    last = min(math.ceil(pair_with(config.rope_beta_slow)), R - 1)
+    pair = torch.arange(R // 2, device=device)
+    slowed = ((pair - first) / max(last - first, 1e-3)).clamp(0, 1)  # (R/2,)
+    return (1 - slowed) * frequency + slowed * frequency / config.rope_factor
+
+
+def rope_table(position: Tensor, config: Config) -> Tensor:
+    """Cosine and sine of each pair's angle: (T,) to (2, T, R/2), in float32.
+
+    Positions (B, T) give (2, B, 1, T, R/2), to broadcast over heads. YaRN's scale of
+    the rotary part is in it; where the softmax has one too, only their ratio.
+    """
+    frequency = rope_frequencies(config, position.device)  # (R/2,)
+    angle = position[..., None] * frequency  # (..., T, R/2)
+    table = torch.stack([angle.cos(), angle.sin()])  # (..., T, R/2)
+    if config.rope_mscale and config.rope_mscale_all_dim:
+        scale = yarn_scale(config.rope_factor, config.rope_mscale)
+        scale /= yarn_scale(config.rope_factor, config.rope_mscale_all_dim)
+    else:
+        scale = yarn_scale(config.rope_factor, 1.0)
+    table = table * scale
+    return table if position.dim() == 1 else table[:, :, None]
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn the pairs (i, i + K/2) of `x` (B, H, T, K) by the angles in `rope`.
+
+    This is the half-split order of Hugging Face's files. Meta's own pair neighbours,
+    (2i, 2i + 1); `to_half_split` converts their weights.
+    """
+    # The tables are float32, as in Meta's code; Hugging Face rounds them to x's dtype.
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+def to_half_split(weight: Tensor, head_dim: int) -> Tensor:
+    """Rows of W_q or W_k from Meta's order of a head, pairs (2i, 2i + 1), to ours."""
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_interleaved(weight: Tensor, head_dim: int) -> Tensor:
+    """`to_half_split` undone: rows from the pairs (i, i + K/2) to Meta's order."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+class LayerCache:
+    """What one layer remembers: a latent and a rotary key a token, for all heads.
+
+    `kv` is (B, S, C + R) with room for S positions, taken once; the first `length` are
+    filled.
+    """
+
+    def __init__(self, kv: Tensor) -> None:
+        self.kv, self.length = kv, 0
+
+    def append(self, kv: Tensor) -> Tensor:
+        """Write T new positions behind the filled ones; return all of them so far.
+
+        `length` stays as it is: the model moves it on when every layer has appended,
+        so a pass that is interrupted leaves no trace. What is kept has no gradient.
+        """
+        end = self.length + kv.shape[1]
+        self.kv[:, self.length : end] = kv.detach()
+        return self.kv[:, :end]  # (B, S, C + R)
+
+
+class KVCache:
+    """What every layer remembers of B rows of at most S tokens; for inference.
+
+    `pad` (B,) counts the padding tokens at the left of each row: positions start after
+    them, and no real token looks at them.
+    """
+
+    def __init__(
+        self, layers: Sequence[LayerCache], max_seq_len: int, pad: Tensor | None = None
+    ) -> None:
+        self.layers, self.max_seq_len, self.pad = list(layers), max_seq_len, pad
+
+    @property
+    def length(self) -> int:
+        """How many positions are filled."""
+        return self.layers[0].length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: B·L·S·(C + R) times those of one number."""
+        return sum(layer.kv.nbytes for layer in self.layers)
+
+    def expect(self, tokens: Tensor) -> None:
+        """Raise ValueError unless `tokens` (B, T) can be appended."""
+        rows, (B, T) = self.layers[0].kv.shape[0], tokens.shape
+        if rows != B:
+            raise ValueError(f"the cache is for {rows} rows; the tokens have {B}")
+        if self.length + T > self.max_seq_len:
+            raise ValueError(
+                f"the cache holds {self.length} of at most {self.max_seq_len} tokens; "
+                f"{T} more do not fit: make it larger, or truncate it"
+            )
+
+    def advance(self, T: int) -> None:
+        """Count the T positions that every layer has appended."""
+        for layer in self.layers:
+            layer.length += T
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` positions; ValueError if fewer are held."""
+        if not 0 <= length <= self.length:
+            raise ValueError(
+                f"cannot truncate to {length} positions: {self.length} are filled"
+            )
+        self.advance(length - self.length)
+
+
+def positions_and_mask(
+    tokens: Tensor, cache: KVCache | None
+) -> tuple[Tensor, Tensor | None]:
+    """Where T new tokens stand, (T,) or (B, T), and the keys that each may look at.
+
+    The mask is (1, 1, T, S) or, with padding, (B, 1, T, S). It is None where attention
+    needs none: T tokens at the start are causal as they are, and a single token looks
+    at all that came before.
+    """
+    T = tokens.shape[1]
+    start, pad = (0, None) if cache is None else (cache.length, cache.pad)
+    query = torch.arange(start, start + T, device=tokens.device)
+    if pad is None and (start == 0 or T == 1):
+        return query, None
+    key = torch.arange(start + T, device=tokens.device)
+    if pad is None:
+        # Query t stands at start + t. SDPA's is_causal would put it at t.
+        return query, (query[:, None] >= key)[None, None]
+    # A padding query sees itself: over no key at all, softmax would be NaN.
+    itself = query[:, None] == key  # (T, S)
+    real = key >= pad[:, None, None]  # (B, 1, S)
+    seen = (query[:, None] >= key) & (real | itself)  # (B, T, S)
+    return (query - pad[:, None]).clamp(min=0), seen[:, None]
+
+
+def attend_naive(
+    q: Tensor, kv: Tensor, w_up: Tensor, scale: float, seen: Tensor | None = None
+) -> Tensor:
+    """Attention with every latent expanded to keys and values of all heads.
+
+    The first of four forms of one function. `q` (B, H, T, K + R) and `kv`
+    (B, S, C + R) end in their rotary parts, already turned. `w_up` (H, K + W, C) holds
+    W_UK and W_UV of each head, `scale` multiplies the scores, and `seen`,
+    (1 or B, 1, T, S) of bools, says which key each query may look at; without it, all
+    up to its own. Returns (B, H, T, W). arXiv:2405.04434 eqs. 10 and 16 to 18.
+    """
+    _, _, latent, k_rope, w_uk, w_uv = parts(q, kv, w_up)
+    H, K, W = len(w_up), w_uk.shape[1], w_uv.shape[1]
+    up = F.linear(latent, w_up.flatten(0, 1)).unflatten(2, (H, -1))  # (B, S, H, K + W)
+    k, v = up.transpose(1, 2).split([K, W], dim=3)  # (B, H, S, K), (B, H, S, W)
+    k = torch.cat([k, k_rope[:, None].expand(-1, H, -1, -1)], dim=3)
+    wider = max(k.shape[3] - W, 0)  # fused kernels want keys and values of one width
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        F.pad(v, (0, wider)),
+        attn_mask=seen,
+        is_causal=seen is None and q.shape[2] > 1,
+        scale=scale,
+    )
+    return out[..., :W]  # (B, H, T, W)
+
+
+def attend_absorb_k(
+    q: Tensor, kv: Tensor, w_up: Tensor, scale: float, seen: Tensor | None = None
+) -> Tensor:
+    """W_UK goes to the query, which then meets the latents; values are expanded."""
+    q_plain, q_rope, latent, k_rope, w_uk, w_uv = parts(q, kv, w_up)
+    q_latent = torch.einsum("bhtk,hkc->bhtc", q_plain, w_uk)
+    scores = q_latent @ latent[:, None].mT + q_rope @ k_rope[:, None].mT  # (B, H, T, S)
+    v = torch.einsum("bsc,hwc->bhsw", latent, w_uv)
+    return masked_softmax(scores * scale, seen) @ v
+
+
+def attend_absorb_kv(
+    q: Tensor, kv: Tensor, w_up: Tensor, scale: float, seen: Tensor | None = None
+) -> Tensor:
+    """W_UV too waits: latents are mixed, and it is applied to the mixture."""
+    q_plain, q_rope, latent, k_rope, w_uk, w_uv = parts(q, kv, w_up)
+    q_latent = torch.einsum("bhtk,hkc->bhtc", q_plain, w_uk)
+    scores = q_latent @ latent[:, None].mT + q_rope @ k_rope[:, None].mT  # (B, H, T, S)
+    mixed = masked_softmax(scores * scale, seen) @ latent[:, None]  # (B, H, T, C)
+    return torch.einsum("bhtc,hwc->bhtw", mixed, w_uv)
+
+
+def attend_latent_cache(
+    q: Tensor, kv: Tensor, w_up: Tensor, scale: float, seen: Tensor | None = None
+) -> Tensor:
+    """The same on the cache as it lies: rows are keys, their first C numbers values.
+
+    This is multi-query attention (arXiv:1911.02150) with keys of width C + R and values
+    of width C. As all heads read the same keys, they are rows of a single head.
+    """
+    q_plain, q_rope, latent, _, w_uk, w_uv = parts(q, kv, w_up)
+    H, T, S = len(w_up), q.shape[2], kv.shape[1]
+    q_latent = torch.einsum("bhtk,hkc->bhtc", q_plain, w_uk)
+    rows = torch.cat([q_latent, q_rope], dim=3).flatten(1, 2)  # (B, H·T, C + R)
+    if seen is None and T > 1:
+        seen = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if seen is not None:
+        seen = seen.expand(-1, H, -1, -1).flatten(1, 2)[:, None]  # (1 or B, 1, H·T, S)
+    mixed = F.scaled_dot_product_attention(
+        rows[:, None], kv[:, None], latent[:, None], attn_mask=seen, scale=scale
+    )  # (B, 1, H·T, C)
+    mixed = mixed[:, 0].unflatten(1, (H, T))  # (B, H, T, C)
+    return torch.einsum("bhtc,hwc->bhtw", mixed, w_uv)
+
+
+def parts(q: Tensor, kv: Tensor, w_up: Tensor) -> list[Tensor]:
+    """Plain and rotary query, latent and rotary key, W_UK and W_UV; all are views."""
+    C = w_up.shape[2]
+    R = kv.shape[2] - C
+    K = q.shape[3] - R
+    W = w_up.shape[1] - K
+    return [*q.split([K, R], 3), *kv.split([C, R], 2), *w_up.split([K, W], 1)]
+
+
+def masked_softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
+    """Weights (B, H, T, S) of the keys that each query may look at."""
+    T, S = scores.shape[2:]
+    if seen is None:
+        seen = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T)
+    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+
+
+def absorption_pays(T: int, S: int, config: Config) -> bool:
+    """Whether T queries over S positions cost fewer operations absorbed than naive.
+
+    Counted per head, in multiplications: naive expands S latents and compares in the
+    width of a head; absorbed maps T queries and T results and compares in that of the
+    latent. So the one form reads prompts, and the other decodes.
+    """
+    C, R = config.kv_lora_rank, config.rope_head_dim
+    K, W = config.nope_head_dim, config.v_head_dim
+    naive = S * C * (K + W) + T * S * (K + R + W)
+    absorbed = T * C * (K + W) + T * S * (C + R + C)
+    return absorbed < naive
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention (arXiv:2405.04434 §2.1.2 and §2.1.3).
+
+    `seen`, (1 or B, 1, T, S) of bools, says which key each query may look at. Without
+    it the T queries are the first T tokens, each seeing those up to itself, or a single
+    one that sees all. With a `cache`, latents and rotary keys are appended to it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        D, H, Q, C = config.dim, config.n_heads, config.q_lora_rank, config.kv_lora_rank
+        K, R, W = config.nope_head_dim, config.rope_head_dim, config.v_head_dim
+        if Q is None:
+            self.wq = nn.Linear(D, H * (K + R), bias=False)
+        else:
+            self.wq_down = nn.Linear(D, Q, bias=False)
+            self.q_norm = RMSNorm(Q, LATENT_EPS)
+            self.wq_up = nn.Linear(Q, H * (K + R), bias=False)
+        self.wkv_down = nn.Linear(D, C + R, bias=False)
+        self.kv_norm = RMSNorm(C, LATENT_EPS)
+        self.wkv_up = nn.Linear(C, H * (K + W), bias=False)
+        self.wo = nn.Linear(H * W, D, bias=False)
+
+    def queries(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Those of all heads, (B, T, D) to (B, H, T, K + R); rotary parts rotated."""
+        c = self.config
+        if c.q_lora_rank is None:
+            q = self.wq(x)  # (B, T, H·(K + R))
+        else:
+            q = self.wq_up(self.q_norm(self.wq_down(x)))  # (B, T, H·(K + R))
+        q = q.unflatten(2, (c.n_heads, -1)).transpose(1, 2)  # (B, H, T, K + R)
+        plain, rotary = q.split([c.nope_head_dim, c.rope_head_dim], dim=3)
+        return torch.cat([plain, apply_rope(rotary, rope)], dim=3)
+
+    def latents(self, x: Tensor, rope: Tensor) -> Tensor:
+        """What is kept of each token, (B, T, C + R): normed latent, rotated key."""
+        c = self.config
+        latent, rotary = self.wkv_down(x).split(
+            [c.kv_lora_rank, c.rope_head_dim], dim=2
+        )
+        rotary = apply_rope(rotary[:, None], rope)[:, 0]  # (B, T, R)
+        return torch.cat([self.kv_norm(latent), rotary], dim=2)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor,
+        seen: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        q, kv, T = self.queries(x, rope), self.latents(x, rope), x.shape[1]
+        attend = attend_naive
+        if cache is not None:
+            kv = cache.append(kv)  # (B, S, C + R), S >= T
+            if absorption_pays(T, kv.shape[1], self.config):
+                attend = attend_latent_cache
+        # A view, made at each call: whatever becomes of the weight, it is current.
+        w_up = self.wkv_up.weight.unflatten(0, (self.config.n_heads, -1))
+        out = attend(q, kv, w_up, self.config.softmax_scale, seen)  # (B, H, T, W)
+        return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202 eq. 6): one linear map gates another, entry by entry."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        D, ffn = config.dim, config.ffn_dim
+        self.w_gate = nn.Linear(D, ffn, bias=False)
+        self.w_up = nn.Linear(D, ffn, bias=False)
+        self.w_down = nn.Linear(ffn, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = F.silu(self.w_gate(x)) * self.w_up(x)  # (B, T, F)
+        return self.w_down(up)  # (B, T, D)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward; each reads a normed copy and adds to the stream."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor,
+        seen: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, seen, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """DeepSeek with dense layers: `model(tokens) -> logits`, (B, T) ids to (B, T, V).
+
+    `model(tokens, cache=cache)` goes on from what the cache has seen, and appends.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        D, V = config.dim, config.vocab_size
+        self.embed = nn.Embedding(V, D)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(D, config.norm_eps)
+        self.head = nn.Linear(D, V, bias=False)
+        self.finalise()
+        self.reset_parameters()
+
+    def finalise(self) -> None:
+        """Make the head use the embedding's matrix itself, not a copy of it."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def reset_parameters(self) -> None:
+        """GPT-2's initialisation (Radford et al. 2019 §2.3): N(0, 0.02²); biases 0.
+
+        The two projections of a block that add to the stream are scaled by 1/√(2L), so
+        that the sum of the 2L branches starts out with the variance of one.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith(("wo.weight", "w_down.weight")):
+                std = 0.02 / math.sqrt(2 * self.config.n_layers)
+                nn.init.normal_(parameter, std=std)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def new_cache(
+        self, batch_size: int, max_seq_len: int, pad: Tensor | None = None
+    ) -> KVCache:
+        """An empty cache for `batch_size` rows of up to `max_seq_len` tokens.
+
+        `pad` (B,) counts left padding per row. Raises ValueError for more tokens than
+        the context has, or padding that leaves no room for a token.
+        """
+        longest = self.config.max_seq_len
+        if batch_size < 1 or not 1 <= max_seq_len <= longest:
+            raise ValueError(
+                f"no cache of {batch_size} rows and {max_seq_len} tokens: at least one "
+                f"of each, and at most the context of {longest} tokens"
+            )
+        if pad is not None:
+            whole = pad.dtype in (torch.int32, torch.int64)
+            fits = whole and pad.shape == (batch_size,)
+            if not fits or not 0 <= pad.min() <= pad.max() < max_seq_len:
+                raise ValueError(
+                    f"pad is {pad.tolist()}; {batch_size} integers from 0 to "
+                    f"{max_seq_len - 1} are needed, the left padding of each row"
+                )
+        width = self.config.kv_lora_rank + self.config.rope_head_dim
+        shape = (batch_size, max_seq_len, width)
+        with torch.inference_mode(False):  # so that it may be used outside of it too
+            new = self.embed.weight.new_zeros
+            layers = [LayerCache(new(shape)) for _ in range(self.config.n_layers)]
+        return KVCache(layers, max_seq_len, pad)
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The final norm's output, (B, T, D); `forward` multiplies it by the head."""
+        if cache is not None:
+            cache.expect(tokens)
+        T = tokens.shape[1]
+        S = T if cache is None else cache.length + T
+        longest = self.config.max_seq_len
+        if longest < S:
+            raise ValueError(f"{S} tokens are longer than the context of {longest}")
+        position, seen = positions_and_mask(tokens, cache)
+        rope = rope_table(position, self.config)  # (..., T, R/2)
+        x = self.embed(tokens)  # (B, T, D)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, seen, None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) for the token after each of `tokens` (B, T).
+
+        With a `cache`, `tokens` follow those that it holds, and are appended to it.
+        Raises ValueError when they do not fit `config.max_seq_len` or the cache.
+        """
+        return self.head(self.hidden(tokens, cache))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> Transformer:
+        """Load a published checkpoint from a local folder (it wins) or a hub id.
+
+        Reads `config.json` and safetensors (single or sharded) or `pytorch_model.bin`.
+        The model is built without memory and filled tensor by tensor, in eval mode.
+        Raises ValueError naming any tensor that is missing, unexpected or misshapen.
+        """
+        folder = find_folder(source)
+        try:
+            config = read_config(folder)
+            with torch.device("meta"):
+                model = cls(config)
+            load_tensors(model, read_tensors(folder), dtype, device)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        return model.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, as the Hugging Face class reads.
+
+        Where the safetensors package is missing, `pytorch_model.bin` instead.
+        """
+        write_checkpoint(Path(directory), self.config.to_hf(), export_tensors(self))
+
+
+# Checkpoint names as data: Hugging Face's modules on the left, ours on the right. Where
+# one of theirs holds several of ours, its rows are theirs one after the other.
+HF_MODULES = {
+    "model.embed_tokens": ["embed"],
+    "model.layers.{i}.input_layernorm": ["blocks.{i}.attention_norm"],
+    "model.layers.{i}.self_attn.q_proj": ["blocks.{i}.attention.wq"],
+    "model.layers.{i}.self_attn.q_a_proj": ["blocks.{i}.attention.wq_down"],
+    "model.layers.{i}.self_attn.q_a_layernorm": ["blocks.{i}.attention.q_norm"],
+    "model.layers.{i}.self_attn.q_b_proj": ["blocks.{i}.attention.wq_up"],
+    "model.layers.{i}.self_attn.kv_a_proj_with_mqa": ["blocks.{i}.attention.wkv_down"],
+    "model.layers.{i}.self_attn.kv_a_layernorm": ["blocks.{i}.attention.kv_norm"],
+    "model.layers.{i}.self_attn.kv_b_proj": ["blocks.{i}.attention.wkv_up"],
+    "model.layers.{i}.self_attn.o_proj": ["blocks.{i}.attention.wo"],
+    "model.layers.{i}.post_attention_layernorm": ["blocks.{i}.ffn_norm"],
+    "model.layers.{i}.mlp.gate_proj": ["blocks.{i}.ffn.w_gate"],
+    "model.layers.{i}.mlp.up_proj": ["blocks.{i}.ffn.w_up"],
+    "model.layers.{i}.mlp.down_proj": ["blocks.{i}.ffn.w_down"],
+    "model.norm": ["norm"],
+    "lm_head": ["head"],
+}
+HF_NAMES = {
+    f"{theirs}.weight": [f"{part}.weight" for part in parts]
+    for theirs, parts in HF_MODULES.items()
+}
+# Tensors that a file may hold although another says it already.
+REDUNDANT = {"lm_head.weight": "embed.weight"}
+# What `verify` compares: label, our module, theirs, and which input's padding counts.
+# "module:in" is what goes into the module; "" is the whole model.
+STAGES = [
+    ("embedding", "blocks.0:in", "model.layers.0:in", 0),
+    ("block {i}", "blocks.{i}", "model.layers.{i}", 0),
+    ("final norm", "norm", "model.norm", 0),
+    ("logits", "", "", 0),
+]
+
+
+def canonical(name: str) -> str | None:
+    """The name as in HF_NAMES; None for tables that old files hold needlessly."""
+    return None if name.endswith(("rotary_emb.inv_freq", "rope.freqs")) else name
+
+
+def to_ours(name: str, tensor: Tensor, config: Config) -> Tensor:
+    """A tensor of a Hugging Face file in our layout: rotary pairs half-split."""
+    return reorder_rotary(name, tensor, config, to_half_split)
+
+
+def to_theirs(name: str, tensor: Tensor, config: Config) -> Tensor:
+    """`to_ours` undone."""
+    return reorder_rotary(name, tensor, config, to_interleaved)
+
+
+def reorder_rotary(
+    name: str, tensor: Tensor, config: Config, order: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """Put the rows that make rotary parts in another order, where the file has one.
+
+    These are the last R of each head's query, and the last R of `kv_a_proj_with_mqa`.
+    """
+    if name.endswith(("q_proj.weight", "q_b_proj.weight")):
+        heads, plain = config.n_heads, config.nope_head_dim
+    elif name.endswith("kv_a_proj_with_mqa.weight"):
+        heads, plain = 1, config.kv_lora_rank
+    else:
+        return tensor
+    R = config.rope_head_dim
+    if not config.rope_interleave or tensor.shape[0] != heads * (plain + R):
+        return tensor  # `fill` refuses a wrong shape
+    kept, rotary = tensor.unflatten(0, (heads, -1)).split([plain, R], dim=1)
+    rotary = order(rotary.flatten(0, 1), R).unflatten(0, (heads, R))
+    return torch.cat([kept, rotary], dim=1).flatten(0, 1)
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a checkpoint."""
+    found = read_json(folder / "config.json")
+    try:
+        return Config.from_hf(found)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"config.json holds a value of a wrong kind: {error}"
+        ) from None
+
+
+def hf_names(model: Transformer) -> dict[str, list[str]]:
+    """Hugging Face's tensor names for this model, each with ours, for every layer."""
+    ours = {name for name, _ in model.named_parameters()}  # a tied head is none
+    names = {}
+    for theirs, parts in HF_NAMES.items():
+        for i in range(len(ours) if "{i}" in theirs else 1):
+            expanded = [part.replace("{i}", str(i)) for part in parts]
+            if not ours.issuperset(expanded):
+                break
+            names[theirs.replace("{i}", str(i))] = expanded
+    return names
+
+
+def export_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Our weights under Hugging Face's names and in its layout."""
+    for theirs, parts in hf_names(model).items():
+        tensor = torch.cat([model.get_parameter(part).detach() for part in parts])
+        yield theirs, to_theirs(theirs, tensor, model.config)
+
+
+@torch.no_grad()
+def load_tensors(
+    model: Transformer,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Fill `model` (it may be on the meta device) from tensors in Hugging Face's names.
+
+    Strict: raises ValueError for a tensor that is missing, unexpected or misshapen, or
+    that repeats another with other values.
+    """
+    waiting, filled, repeated = hf_names(model), set(), []
+    for name, tensor in tensors:
+        theirs = canonical(name)
+        if theirs in waiting:
+            parts, tensor = waiting.pop(theirs), to_ours(theirs, tensor, model.config)
+            fill(model, parts, name, tensor, dtype, device)
+            filled.update(parts)
+        elif theirs in REDUNDANT:
+            repeated.append((name, REDUNDANT[theirs], tensor))
+            if REDUNDANT[theirs] in filled:  # then there is no need to keep it
+                compare(model, *repeated.pop())
+        elif theirs is not None:
+            raise ValueError(f"unexpected tensor {name} {tuple(tensor.shape)}")
+    if waiting:
+        raise ValueError(f"missing tensors: {summary(list(waiting))}")
+    model.finalise()
+    for name, ours, tensor in repeated:
+        compare(model, name, ours, tensor)
+
+
+def compare(model: Transformer, name: str, ours: str, tensor: Tensor) -> None:
+    """Raise ValueError unless `tensor` repeats our tensor; some rows at a time."""
+    owner, _, leaf = ours.rpartition(".")
+    kept = getattr(model.get_submodule(owner), leaf)
+    if tensor.shape != kept.shape or not all(
+        torch.allclose(a.to(b), b, rtol=1e-3, atol=1e-3)
+        for a, b in zip(tensor.split(1024), kept.split(1024), strict=True)
+    ):
+        raise ValueError(f"{name} should repeat our {ours}, and differs from it")
+
+
+def fill(
+    model: Transformer,
+    parts: Sequence[str],
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> None:
+    """Cut `tensor` along its rows into the parameters `parts`, cast and moved."""
+    shapes = [model.get_parameter(part).shape for part in parts]
+    whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    if tensor.shape != whole:
+        raise ValueError(
+            f"{name} has, in our layout, the shape {tuple(tensor.shape)}; "
+            f"the config asks for {whole}"
+        )
+    pieces = tensor.split([shape[0] for shape in shapes])
+    for part, piece in zip(parts, pieces, strict=True):
+        owner, _, leaf = part.rpartition(".")
+        copied = torch.empty(piece.shape, dtype=dtype, device=device).copy_(piece)
+        trained = model.get_parameter(part).requires_grad
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(copied, trained))
+
+
+def summary(names: Sequence[str], most: int = 4) -> str:
+    """A few of `names`, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One next token a row: (B, V) logits to (B,) ids.
+
+    Temperature 0 takes the likeliest. `top_k` keeps exactly k tokens, also under ties;
+    `top_p` keeps the fewest whose probabilities reach p (arXiv:1904.09751 §3.1).
+    """
+    if not temperature >= 0 or (top_k is not None and top_k < 1):
+        raise ValueError(
+            f"temperature {temperature} and top_k {top_k}: need >= 0, >= 1"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    # The subtraction keeps a tiny temperature from overflowing to inf - inf.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)).float() / temperature
+    if top_k is None and top_p is None:
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    V = logits.shape[-1]
+    ranked, ids = logits.topk(min(top_k or V, V))  # exactly k, whatever the ties
+    weights = ranked.softmax(dim=-1)  # (B, min(top_k, V)), likeliest first
+    if top_p is not None:
+        before = weights.cumsum(dim=-1) - weights  # mass of all likelier tokens
+        weights = weights.masked_fill(before >= top_p, 0.0)
+    rank = torch.multinomial(weights, 1, generator=generator)  # (B, 1)
+    return ids.gather(1, rank)[:, 0]
+
+
+@torch.inference_mode()
+def stream(
+    model: Transformer,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[int] = (),
+    pad: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next tokens, (B,) at a time; see `generate`."""
+    B, T = tokens.shape
+    if T == 0:
+        raise ValueError("the prompt is empty; give at least one token")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it cannot be negative")
+    if T + max_new_tokens > model.config.max_seq_len:
+        raise ValueError(
+            f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit the "
+            f"context of {model.config.max_seq_len}: shorten it or ask for fewer"
+        )
+    cache = model.new_cache(B, T + max_new_tokens, pad)
+    if pad is not None and pad.max() >= T:
+        raise ValueError(
+            f"pad is {pad.tolist()} for prompts of {T} tokens; each row needs at least "
+            f"one token of its own"
+        )
+    stops = torch.tensor(list(stop), device=tokens.device)
+    stopped = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+    last = tokens[:, -1]
+    for _ in range(max_new_tokens):
+        logits = model.head(model.hidden(tokens, cache)[:, -1])  # (B, V)
+        chosen = sample(logits, temperature, top_k, top_p, generator)
+        last = torch.where(stopped, last, chosen)  # a stopped row repeats its stop
+        yield last
+        if len(stop):
+            stopped = stopped | torch.isin(last, stops)
+            if stopped.all():
+                return
+        tokens = last[:, None]  # all before it is in the cache
+
+
+def generate(
+    model: Transformer,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[int] = (),
+    pad: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue each row of `tokens` (B, T): returns (B, T + n), n <= max_new_tokens.
+
+    Ends early when every row has met a token of `stop`; a row that has stopped repeats
+    it. `pad` (B,) counts left padding per row. Raises ValueError when prompt and new
+    tokens exceed the context, or a row is nothing but padding.
+    """
+    new = stream(
+        model,
+        tokens,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=stop,
+        pad=pad,
+        generator=generator,
+    )
+    return torch.cat([tokens, *(step[:, None] for step in new)], dim=1)
+
+
+# ======================================================================================
+# Running the chapter: tokenizers, files, data, train, verify, demo, commands.
+# ======================================================================================
+
+# GPT-2's pre-tokenizer (Radford et al. 2019 §2.2): contractions, then runs of letters,
+# of digits or of other signs, each with the one space before it, then white space.
+GPT2_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
+END_OF_TEXT = "<|endoftext|>"
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Token ranks from a `.tiktoken` file ("base64 rank" a line) or a `vocab.bpe`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if path.name == "vocab.bpe":
+            return ranks_from_merges(lines)
+        pairs = (line.split() for line in lines if line)
+        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        complete = all(bytes([byte]) in ranks for byte in range(256))
+        if not complete or sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError("a byte or a rank is missing, or stands there twice")
+        return ranks
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is no file of token ranks: {error}") from None
+
+
+def ranks_from_merges(lines: Sequence[str]) -> dict[bytes, int]:
+    """OpenAI's `vocab.bpe`: a header, then one merge "left right" a line, best first.
+
+    The file must be printable, so bytes that are not (controls, blanks, and 173) stand
+    as the characters from U+0100 on. Printable bytes come first, in the ranks too.
+    """
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    byte_of = {chr(byte): byte for byte in shown}
+    byte_of |= {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    ranks = {bytes([byte]): rank for rank, byte in enumerate([*shown, *hidden])}
+    for line in lines[1:]:
+        ranks[bytes(byte_of[char] for char in line if char != " ")] = len(ranks)
+    return ranks
+
+
+def find_folder(source: str | Path) -> Path:
+    """The local folder `source`, or a hub repository's files, fetched when needed."""
+    if Path(source).is_dir():
+        return Path(source)
+    if (
+        Path(source).exists()
+        or str(source).count("/") > 1
+        or Path(source).is_absolute()
+    ):
+        raise FileNotFoundError(f"{source} is no folder with a model")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.bin", "*.spm", "*.model", "*.tiktoken"]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"no folder {source}, and the hub did not give it: {reason}"
+        ) from None
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`; raises ValueError naming the file when it is none."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of a checkpoint folder, one in memory at a time.
+
+    The largest come first, so that the file's copy of an embedding is in memory while
+    the model is still empty. A file is mapped anew for each tensor, so that the pages
+    of those already copied are given back.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} holds no weight_map")
+        names = sorted(set(shards.values()))
+        yield from read_safetensors([folder / name for name in names])
+    elif (folder / "model.safetensors").exists():
+        yield from read_safetensors([folder / "model.safetensors"])
+    elif (folder / "pytorch_model.bin").exists():
+        yield from read_bin(folder / "pytorch_model.bin")
+    else:
+        raise FileNotFoundError(
+            f"{folder} holds neither model.safetensors nor pytorch_model.bin"
+        )
+
+
+def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of these safetensors files, the largest first."""
+    from safetensors import SafetensorError, safe_open
+
+    found = []
+    try:
+        for path in paths:
+            with safe_open(path, "pt") as file:
+                for name in list(file.keys()):
+                    size = math.prod(file.get_slice(name).get_shape())
+                    found.append((size, name, path))
+        for _, name, path in sorted(found, reverse=True):
+            with safe_open(path, "pt") as file:
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from None
+
+
+def read_bin(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of a file of `torch.save`, the largest first.
+
+    Only torch's zip format can be mapped; an older file is read whole.
+    """
+    mapped = zipfile.is_zipfile(path)
+    state = read_torch(path, mapped)
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: {name} is no tensor")
+    sizes = {name: state[name].numel() for name in state}
+    if mapped:
+        state, tensor = {}, None  # or its pages would stay
+    for name in sorted(sizes, key=lambda name: (sizes[name], name), reverse=True):
+        yield name, (read_torch(path, mapped) if mapped else state).pop(name)
+
+
+def read_torch(path: Path, mapped: bool = False) -> dict:
+    """What `torch.save` wrote to `path`; nothing in it is executed.
+
+    If `mapped`, a tensor is read from the file only where it is looked at.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zip, pickle and tensor errors have no common base
+        reason = str(error).strip().splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"{path} is damaged or cut short: {reason}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no table of tensors")
+    return found
+
+
+def write_checkpoint(
+    folder: Path, config: dict, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """`config.json` and the weights, each written aside and then moved into place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous().cpu() for name, tensor in tensors}
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        with replacing(folder / "pytorch_model.bin") as partial:
+            torch.save(state, partial)
+    else:
+        with replacing(folder / "model.safetensors") as partial:
+            save_file(state, partial, metadata={"format": "pt"})
+            partial.chmod(0o644)  # save_file leaves it readable to its owner alone
+    with replacing(folder / "config.json") as partial:
+        text = json.dumps({**config, "dtype": dtype}, indent=2) + "\n"
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A neighbour to write to, moved over `path` only when it is whole and on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+HERE = Path(__file__).resolve()
+DATA = HERE.parent.parent / "data"
+
+
+# Llama 3's: contractions of either case, at most three digits together, line ends kept
+# with the signs before them.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The control tokens that follow its ranks; reserved ones fill them up to 256.
+LLAMA3_CONTROL = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",
+    *(f"<|reserved_special_token_{2 + i}|>" for i in range(244)),
+]
+# How a turn of a conversation is written, up to the end of its text and after it, by
+# the control token that opens it: Llama 3's format, and ChatML, which SmolLM2 uses.
+CHAT_FORMATS = {
+    "<|start_header_id|>": (
+        ["<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n{trimmed}"],
+        ["<|eot_id|>"],
+    ),
+    "<|im_start|>": (["<|im_start|>", "{role}\n{text}"], ["<|im_end|>", "\n"]),
+}
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back, and the files that travel with a model to do it again.
+
+    `encode` takes the names of `control` tokens in a text for these tokens,
+    `encode_plain` for the text that they are. `opening` ids come before every prompt.
+    """
+
+    vocab_size: int
+    eos_id: int | None
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    files: dict[str, bytes] = field(default_factory=dict, repr=False)
+    control: dict[str, int] = field(default_factory=dict, repr=False)
+    encode_plain: Callable[[str], list[int]] | None = None
+    opening: tuple[int, ...] = ()
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The bytes of UTF-8 as ids 0 … 255, and 256 for the end of a text."""
+    return Tokenizer(
+        vocab_size=257,
+        eos_id=256,
+        encode=lambda text: [
+            token
+            for i, part in enumerate(text.split(END_OF_TEXT))
+            for token in [256] * (i > 0) + list(part.encode("utf-8"))
+        ],
+        decode=lambda ids: b"".join(
+            bytes([i]) if i < 256 else END_OF_TEXT.encode() for i in ids
+        ).decode("utf-8", errors="replace"),
+    )
+
+
+def bpe_tokenizer(ranks: dict[bytes, int], files: dict[str, bytes]) -> Tokenizer:
+    """A fast encoder (tiktoken's) over `ranks`; the next id ends a text."""
+    import tiktoken
+
+    encoding = tiktoken.Encoding(
+        "ranks",
+        pat_str=GPT2_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: len(ranks)},
+    )
+    return Tokenizer(
+        vocab_size=encoding.n_vocab,
+        eos_id=len(ranks),
+        encode=lambda text: encoding.encode(text, allowed_special="all"),
+        decode=lambda ids: encoding.decode(list(ids)),
+        files=files,
+    )
+
+
+def json_tokenizer(path: Path) -> Tokenizer:
+    """A Hugging Face `tokenizer.json`."""
+    from tokenizers import Tokenizer as Reader
+
+    try:
+        reader = Reader.from_file(str(path))
+    except Exception as error:  # the package raises bare Exceptions
+        raise ValueError(f"{path} is no tokenizer: {error}") from None
+    added = reader.get_added_tokens_decoder()
+    control = {token.content: i for i, token in added.items() if token.special}
+
+    def encode(text: str, plain: bool = False) -> list[int]:
+        reader.encode_special_tokens = plain
+        return reader.encode(text, add_special_tokens=False).ids
+
+    ends = ("<|end_of_text|>", END_OF_TEXT, "</s>")  # Llama 3's, GPT-2's, Llama 2's
+    return Tokenizer(
+        vocab_size=reader.get_vocab_size(),
+        eos_id=next((control[name] for name in ends if name in control), None),
+        encode=encode,
+        decode=lambda ids: reader.decode(list(ids), skip_special_tokens=False),
+        files={"tokenizer.json": path.read_bytes()},
+        control=control,
+        encode_plain=lambda text: encode(text, plain=True),
+        opening=tuple(reader.encode("").ids),
+    )
+
+
+def llama3_tokenizer(path: Path) -> Tokenizer:
+    """Meta's own `tokenizer.model` for Llama 3: ranks, in tiktoken's file format."""
+    import tiktoken
+
+    ranks = read_ranks(path)
+    if len(ranks) != 128000:  # the control tokens count on from there
+        raise ValueError(f"{path} holds {len(ranks)} ranks; Llama 3's are 128000")
+    control = {name: len(ranks) + i for i, name in enumerate(LLAMA3_CONTROL)}
+    encoding = tiktoken.Encoding(
+        "llama3",
+        pat_str=LLAMA3_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens=control,
+    )
+    return Tokenizer(
+        vocab_size=encoding.n_vocab,
+        eos_id=control["<|end_of_text|>"],
+        encode=lambda text: encoding.encode(text, allowed_special="all"),
+        decode=lambda ids: encoding.decode(list(ids)),
+        files={"tokenizer.model": path.read_bytes()},
+        control=control,
+        encode_plain=encoding.encode_ordinary,
+        opening=(control["<|begin_of_text|>"],),
+    )
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer in a file or a folder; "bytes", or a folder with none, means bytes.
+
+    A folder is searched for `tokenizer.json`, then `tokenizer.model`, `*.tiktoken` and
+    `vocab.bpe`.
+    """
+    path = Path(source)
+    if str(source) == "bytes":
+        return byte_tokenizer()
+    if path.is_dir():
+        found = [
+            *path.glob("tokenizer.json"),
+            *path.glob("tokenizer.model"),
+            *sorted(path.glob("*.tiktoken")),
+            *path.glob("vocab.bpe"),
+        ]
+        if not found:
+            return byte_tokenizer()
+        path = found[0]
+    if not path.exists():
+        raise FileNotFoundError(f"no tokenizer at {path}")
+    if path.suffix == ".json":
+        return json_tokenizer(path)
+    if path.suffix == ".model":
+        return llama3_tokenizer(path)
+    name = path.name if path.name == "vocab.bpe" else f"{path.stem}.tiktoken"
+    return bpe_tokenizer(read_ranks(path), {name: path.read_bytes()})
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]) -> list[int]:
+    """The ids of a conversation, (role, text) a turn, up to where the answer begins.
+
+    In the format that the tokenizer's control tokens are for. The texts themselves are
+    encoded without control tokens, so no message can end its own turn. Raises
+    ValueError when the tokenizer has none for a conversation.
+    """
+    opens = next((name for name in CHAT_FORMATS if name in tokenizer.control), None)
+    if opens is None:
+        raise ValueError("the model's tokenizer has no tokens for a conversation")
+    until, after = CHAT_FORMATS[opens]
+    turns = [(until + after, role, text) for role, text in messages]
+    ids = [i for i in tokenizer.opening if i != tokenizer.control[opens]]
+    for parts, role, text in [*turns, (until, "assistant", "")]:
+        words = {"role": role, "text": text, "trimmed": text.strip()}
+        for part in parts:
+            if part in tokenizer.control:
+                ids.append(tokenizer.control[part])
+            else:
+                ids += tokenizer.encode_plain(part.format(**words))
+    return ids
+
+
+def stop_ids(config: Config, tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a text: the config's, the tokenizer's, and the end of a turn."""
+    listed = config.eos_id if isinstance(config.eos_id, tuple) else (config.eos_id,)
+    turns = (tokenizer.control.get(name) for name in ("<|eot_id|>", "<|im_end|>"))
+    found = {*listed, tokenizer.eos_id, *turns}
+    return sorted(i for i in found if i is not None)
+
+
+def read_text(path: str | Path) -> str:
+    """The UTF-8 text in `path`; raises when there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    if not text.strip():
+        raise ValueError(f"{path} holds no text")
+    return text
+
+
+def split_documents(text: str, held_out: float = 0.05) -> tuple[list[str], list[str]]:
+    """Training and held-out documents: the last `held_out` of them is held out.
+
+    Documents end at a line `<|endoftext|>`. A text without one is cut by length.
+    """
+    documents = [part.strip() for part in text.split(END_OF_TEXT) if part.strip()]
+    if len(documents) > 1:
+        cut = min(len(documents) - 1, round(len(documents) * (1 - held_out)))
+        return documents[:cut], documents[cut:]
+    cut = round(len(text) * (1 - held_out))
+    return [text[:cut]], [text[cut:]]
+
+
+class Batches:
+    """Windows of T + 1 tokens in batches; which ones come when follows from the seed.
+
+    Each document opens a window, and so does every T-th token of a long one; a window
+    runs on into the next documents, with an end-of-text token in between. An epoch
+    visits every window once, in an order of its own.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[str],
+        tokenizer: Tokenizer,
+        T: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        pieces = [tokenizer.encode(document) + ends for document in documents]
+        self.stream = torch.tensor([token for piece in pieces for token in piece])
+        if len(self.stream) < 2:
+            raise ValueError("the text is too short: nothing is left to be predicted")
+        T = min(T, len(self.stream) - 1)
+        last = len(self.stream) - T - 1
+        starts, start = [], 0
+        for piece in pieces:
+            starts += range(start, start + len(piece), T)
+            start += len(piece)
+        self.starts = torch.tensor(sorted({min(start, last) for start in starts}))
+        self.span, self.batch_size, self.seed = torch.arange(T + 1), batch_size, seed
+        self.order = lru_cache(maxsize=2)(self._order)
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return self.starts[torch.randperm(len(self.starts), generator=generator)]
+
+    def batch(self, index: int) -> Tensor:
+        """Batch number `index` of the endless training stream, (batch_size, T + 1)."""
+        first, n = index * self.batch_size, len(self.starts)
+        flat = range(first, first + self.batch_size)
+        starts = torch.stack([self.order(i // n)[i % n] for i in flat])
+        return self.stream[starts[:, None] + self.span]
+
+    def all(self) -> Iterator[Tensor]:
+        """Every window once, in order, in batches."""
+        for starts in self.starts.split(self.batch_size):
+            yield self.stream[starts[:, None] + self.span]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: AdamW (arXiv:1711.05101), warm-up, cosine decay to a tenth."""
+
+    steps: int = 5000
+    batch_size: int = 4
+    accumulate: int = 1
+    lr: float = 5e-3
+    warmup: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    clip: float = 1.0
+    seq_len: int = 256
+    eval_every: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "seq_len", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be positive"
+                )
+        if not self.lr > 0:
+            raise ValueError(f"lr is {self.lr}; it must be positive")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must lie in [0, 2**32)")
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """The rate of step 0, 1, …: up linearly over `warmup` steps, then half a cosine."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, done))) / 2)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101), its decay on matrices only: not on biases, nor norms.
+
+    Without decay it is Adam.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [p for p in trained if p.dim() >= 2],
+            "weight_decay": recipe.weight_decay,
+        },
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (recipe.beta1, recipe.beta2)
+    return torch.optim.AdamW(
+        groups, lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True
+    )
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Mean cross-entropy of each token of `batch`, (B, T + 1), given those before."""
+    logits = model(batch[:, :-1])  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def count_tokens(model: nn.Module, batch: Tensor) -> int:
+    """How many predictions `loss` averages over."""
+    return batch[:, 1:].numel()
+
+
+class Training:
+    """A run: the model and all else that a checkpoint holds to go on bit for bit.
+
+    Model, optimizer, step (it gives the learning rate and the place in the data), the
+    state of the random number generators, and the log.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        data: Batches,
+        held_out: Batches,
+        recipe: Recipe,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        source: str = "",
+    ) -> None:
+        self.model, self.data, self.held_out, self.recipe = (
+            model,
+            data,
+            held_out,
+            recipe,
+        )
+        self.source, self.saved = source, "none was written yet"
+        self.run = torch.compile(model) if compile else model
+        self.optimizer = make_optimizer(model, recipe)
+        self.device = next(model.parameters()).device
+        self.dtype, self.step, self.log = dtype, 0, []
+
+    def precision(self) -> torch.autocast:
+        """Autocast to the asked dtype; weights and optimizer stay in float32."""
+        asked = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=asked)
+
+    def take_step(self) -> dict:
+        """One optimizer step; returns its row of the log.
+
+        Micro-batches are weighted by their tokens, so that `accumulate` changes memory
+        and not the gradient. Raises FloatingPointError instead of a step that is not
+        finite.
+        """
+        self.model.train()
+        started = time.perf_counter()
+        lr = learning_rate(self.step, self.recipe)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        first = self.step * self.recipe.accumulate
+        batches = [self.data.batch(first + i) for i in range(self.recipe.accumulate)]
+        tokens = sum(count_tokens(self.model, batch) for batch in batches)
+        self.optimizer.zero_grad()
+        total = 0.0
+        for batch in batches:
+            with self.precision():
+                mean = loss(self.run, to_device(batch, self.device))
+            part = mean * (count_tokens(self.model, batch) / tokens)
+            part.backward()
+            total += part.item()
+        norm = nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.recipe.clip
+        ).item()
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {self.step + 1}: the loss is {total}, the gradient norm {norm}; "
+                f"last good checkpoint: {self.saved}; a lower --lr may help"
+            )
+        self.optimizer.step()
+        self.step += 1
+        row = {"step": self.step, "loss": total, "lr": lr, "grad_norm": norm}
+        row |= {"held_out": None, "tokens": tokens}
+        self.log.append(row | {"seconds": time.perf_counter() - started})
+        return self.log[-1]
+
+    def save(self, out: Path, tokenizer: Tokenizer) -> None:
+        """The checkpoint, the log, the curves, and the model in published format.
+
+        Raises FloatingPointError, and writes nothing, when a weight is not finite.
+        """
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+            raise FloatingPointError(
+                f"step {self.step}: a weight is not finite; "
+                f"last good checkpoint: {self.saved}; a lower --lr may help"
+            )
+        state = {
+            "config": asdict(self.model.config),
+            "recipe": asdict(self.recipe),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "step": self.step,
+            "log": self.log,
+            "source": self.source,
+            "data": fingerprint(self.data),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all(),
+        }
+        for name, content in tokenizer.files.items():
+            with replacing(out / name) as partial:
+                partial.write_bytes(content)
+        self.model.save_pretrained(out)
+        write_log(self.log, out / "log.csv")
+        plot_log(self.log, out / "loss.png")
+        with replacing(out / "checkpoint.pt") as partial:
+            torch.save(state, partial)
+        self.saved = f"{out / 'checkpoint.pt'}, step {self.step}"
+
+    def restore(self, state: dict) -> None:
+        """Go on from what `save` wrote; raises ValueError when the data is another."""
+        if state["data"] != fingerprint(self.data):
+            raise ValueError(
+                "the data is not what this run was trained on; give it again"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.log = state["step"], state["log"]
+        self.saved = f"the resumed one, step {self.step}"
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+
+
+def to_device(batch: Tensor, device: torch.device) -> Tensor:
+    """`batch` on `device`."""
+    return batch.to(device, non_blocking=True)
+
+
+def fingerprint(data: Batches) -> str:
+    """A hash of the training stream, by which a resumed run knows its data."""
+    return hashlib.sha256(array("q", data.stream.tolist())).hexdigest()
+
+
+@torch.no_grad()
+def held_out_loss(training: Training) -> float:
+    """The mean loss over all of the held-out data, in nats a token."""
+    training.model.eval()
+    total, tokens = 0.0, 0
+    for batch in training.held_out.all():
+        with training.precision():
+            mean = loss(training.run, to_device(batch, training.device))
+        total += mean.item() * count_tokens(training.model, batch)
+        tokens += count_tokens(training.model, batch)
+    return total / tokens
+
+
+def write_log(log: Sequence[dict], path: Path) -> None:
+    """The log as csv, a row a step."""
+    with (
+        replacing(path) as partial,
+        open(partial, "w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, list(log[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(log)
+
+
+def plot_log(log: Sequence[dict], path: Path) -> None:
+    """The loss curves, where matplotlib is installed."""
+    with suppress(ImportError):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        steps = [row["step"] for row in log]
+        axes.plot(
+            steps, [row["loss"] for row in log], lw=0.8, alpha=0.5, label="training"
+        )
+        tested = [row for row in log if row["held_out"] is not None]
+        axes.plot(
+            [row["step"] for row in tested],
+            [row["held_out"] for row in tested],
+            "o-",
+            label="held out",
+        )
+        axes.set(xlabel="step", ylabel="loss, nats a token", xlim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", dpi=120)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Note Ctrl-C instead of raising, so that no step is left half taken.
+
+    Yields a function that says whether it was pressed; pressed twice, it raises.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    pressed = []
+
+    def note(*_: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class Progress:
+    """A bar with loss, speed and time left; off a terminal, a line now and then."""
+
+    def __init__(self, done: int, steps: int) -> None:
+        self.bar, self.steps, self.started = None, steps, time.perf_counter()
+        self.first, self.tokens, self.shown = done, 0, self.started
+        if sys.stderr.isatty():
+            with suppress(ImportError):
+                from tqdm import tqdm
+
+                self.bar = tqdm(initial=done, total=steps, unit="step", leave=False)
+
+    def update(self, row: dict) -> None:
+        """Show one more step."""
+        self.tokens += row["tokens"]
+        now = time.perf_counter()
+        rate = self.tokens / (now - self.started)
+        if self.bar is not None:
+            self.bar.set_postfix_str(
+                f"loss {row['loss']:.3f}, {rate:,.0f} tokens/s", False
+            )
+            self.bar.update()
+        elif now - self.shown > 10:
+            left = (now - self.started) / (row["step"] - self.first)
+            left *= self.steps - row["step"]
+            say(
+                f"step {row['step']:5} of {self.steps}  loss {row['loss']:.3f}  "
+                f"{rate:,.0f} tokens/s  {left:.0f} s left"
+            )
+            self.shown = now
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def say(text: str = "") -> None:
+    """Print a line at once, above a progress bar if there is one."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text)
+        sys.stdout.flush()
+    else:
+        print(text, flush=True)
+
+
+def train(
+    training: Training,
+    tokenizer: Tokenizer,
+    out: Path | None = None,
+    on_eval: Callable[[Transformer], str] | None = None,
+) -> bool:
+    """Run `training` to its last step; with `out`, save at every evaluation.
+
+    `on_eval(model)` gives a text to show beside the held-out loss. Returns False when
+    Ctrl-C ended it early (saved all the same).
+    """
+    recipe = training.recipe
+    progress = Progress(training.step, recipe.steps)
+    try:
+        with deferred_interrupt() as interrupted:
+            while training.step < recipe.steps and not interrupted():
+                row = training.take_step()
+                progress.update(row)
+                if training.step % recipe.eval_every and training.step < recipe.steps:
+                    continue
+                row["held_out"] = held_out_loss(training)
+                say(
+                    f"step {training.step:5} of {recipe.steps}  "
+                    f"loss {row['loss']:.3f}  held out {row['held_out']:.3f}"
+                )
+                if out is not None:
+                    training.save(out, tokenizer)
+                if on_eval is not None:
+                    say(f"    {on_eval(training.model)}")
+            stopped = training.step < recipe.steps
+            if stopped and out is not None:
+                training.save(out, tokenizer)
+    finally:
+        progress.close()
+        training.model.eval()
+    return not stopped
+
+
+def small_config() -> Config:
+    """A shape for parity checks: small, and no two sizes alike.
+
+    Its context is long enough for YaRN's three bands to matter.
+    """
+    return Config(
+        vocab_size=97,
+        max_seq_len=80,
+        dim=30,
+        n_layers=3,
+        n_heads=6,
+        q_lora_rank=22,
+        kv_lora_rank=18,
+        nope_head_dim=10,
+        rope_head_dim=14,
+        v_head_dim=8,
+        ffn_dim=52,
+        rope_theta=100.0,
+        rope_factor=4.0,
+        rope_original_len=20,
+        rope_beta_fast=2.0,
+        rope_beta_slow=0.5,
+        rope_mscale=1.0,
+        rope_mscale_all_dim=0.5,
+        eos_id=96,
+    )
+
+
+def reference(
+    source: Config | str | Path, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Hugging Face's model: random weights for a Config, or a published checkpoint."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if isinstance(source, Config):
+        theirs = AutoConfig.for_model(**source.to_hf())
+        return AutoModelForCausalLM.from_config(theirs).eval().to(dtype)
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+
+
+def reference_inputs(config: Config, tokens: Tensor) -> dict[str, Tensor]:
+    """What the reference is called with where ours is called with `tokens`."""
+    return {"input_ids": tokens}
+
+
+def real_text() -> str:
+    """English that comes with every Python: its help texts on the language."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def verify_inputs(config: Config, tokenizer: Tokenizer | None) -> tuple[Tensor, ...]:
+    """The tokens of a comparison: real text where there is a tokenizer, else random."""
+    T = min(config.max_seq_len, 2000)
+    if tokenizer is not None and tokenizer.vocab_size <= config.vocab_size:
+        return (torch.tensor([tokenizer.encode(real_text()[: 20 * T])[:T]]),)
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randint(config.vocab_size, (2, T), generator=generator),)
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Give every parameter a random value, norms and biases too.
+
+    A freshly initialised model hides mistakes: its norms and biases do nothing yet, and
+    its activations are so small that every non-linearity looks linear.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        parameter.copy_(centre + noise * (0.3 if centre else 0.1))
+
+
+def expand_stages(model: nn.Module) -> Iterator[tuple[str, str, str, int]]:
+    """STAGES with the layers written out, as many as `model` has."""
+    modules = {name for name, _ in model.named_modules()}
+    for label, ours, theirs, which in STAGES:
+        for i in range(len(modules) if "{i}" in ours else 1):
+            names = [text.replace("{i}", str(i)) for text in (label, ours, theirs)]
+            if names[1].removesuffix(":in") in modules:
+                yield names[0], names[1], names[2], which
+
+
+@torch.no_grad()
+def watch(model: nn.Module, names: Sequence[str], **inputs: Tensor) -> list[Tensor]:
+    """Call `model(**inputs)`; return what went through the named modules, on the CPU.
+
+    "module" is what comes out of it, "module:in" what goes in, "" the model's result.
+    """
+    seen: dict[str, Tensor] = {}
+    hooks = []
+    for name in names:
+        module = model.get_submodule(name.removesuffix(":in"))
+        if name.endswith(":in"):
+
+            def note(_: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
+                seen.setdefault(name, [*args, *kwargs.values()][0].cpu())
+
+            hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        else:
+
+            def keep(_: nn.Module, __: tuple, out: object, name: str = name) -> None:
+                out = getattr(out, "logits", out)
+                seen.setdefault(name, (out[0] if isinstance(out, tuple) else out).cpu())
+
+            hooks.append(module.register_forward_hook(keep))
+    try:
+        model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [seen[name] for name in names]
+
+
+def distance(label: str, ours: Tensor, theirs: Tensor) -> dict:
+    """How far apart two (n, width) results are, in four ways."""
+    ours, theirs = ours.double(), theirs.double()
+    gap = (ours - theirs).abs().max().item()
+    return {
+        "stage": label,
+        "max_abs": gap,
+        "relative": gap / theirs.abs().max().item(),
+        "cosine": F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0).item(),
+        "argmax": (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item(),
+    }
+
+
+# Largest difference allowed at any stage, over the reference's largest value there. In
+# float64 too the reference computes its norms and rotary tables in float32.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+
+
+def verify(
+    source: str | Path | None = None, dtype: torch.dtype = torch.float32
+) -> list[dict]:
+    """Compare with Hugging Face, stage by stage; returns a row of distances for each.
+
+    Without `source`, on `small_config` with every parameter random; with it, on that
+    checkpoint, one model after the other in memory.
+    """
+    if source is None:
+        ours = Transformer(small_config()).eval()
+        randomise(ours)
+        ours.to(dtype)
+        theirs, tokenizer = reference(ours.config, dtype), None
+        copy_to_reference(ours, theirs)
+    else:
+        ours = Transformer.from_pretrained(source, dtype=dtype)
+        theirs, tokenizer = None, load_tokenizer(find_folder(source))
+    inputs = verify_inputs(ours.config, tokenizer)
+    stages = list(expand_stages(ours))
+    names = dict(zip(input_names(ours), inputs, strict=False))
+    mine = watch(ours, [stage[1] for stage in stages], **names)
+    config = ours.config
+    del ours
+    theirs = reference(source, dtype) if theirs is None else theirs
+    asked = reference_inputs(config, *inputs)
+    other = watch(theirs, [stage[2] for stage in stages], **asked)
+    real = [torch.ones_like(t, dtype=torch.bool) for t in inputs]
+    if config.pad_id is not None:
+        real = [tokens != config.pad_id for tokens in inputs]
+    return [
+        distance(label, a[real[which]], b[real[which]])
+        for (label, _, _, which), a, b in zip(stages, mine, other, strict=True)
+    ]
+
+
+def input_names(model: nn.Module) -> list[str]:
+    """The names of the arguments of `model.forward`, in order."""
+    code = type(model).forward.__code__
+    return list(code.co_varnames[1 : code.co_argcount])
+
+
+def copy_to_reference(ours: Transformer, theirs: nn.Module) -> None:
+    """Give the Hugging Face model our weights; every trainable one must be given."""
+    result = theirs.load_state_dict(dict(export_tensors(ours)), strict=False)
+    trainable = {name for name, p in theirs.named_parameters() if p.requires_grad}
+    wrong = [*result.unexpected_keys, *trainable.intersection(result.missing_keys)]
+    assert not wrong, f"the name table does not fit the reference: {summary(wrong)}"
+
+
+def show_distances(rows: Sequence[dict], dtype: torch.dtype) -> bool:
+    """Print `verify`'s table; True when every stage is within the tolerance."""
+    limit = TOLERANCE[dtype]
+    say(
+        f"{'stage':<18} {'max |a-b|':>10} {'/ max |b|':>10} "
+        f"{'1 - cosine':>11} {'argmax':>8}"
+    )
+    for row in rows:
+        mark = "" if row["relative"] <= limit else "  above the tolerance"
+        say(
+            f"{row['stage']:<18} {row['max_abs']:>10.1e} {row['relative']:>10.1e} "
+            f"{abs(1 - row['cosine']):>11.1e} {row['argmax']:>8.2%}{mark}"
+        )
+    good = all(row["relative"] <= limit for row in rows)
+    name = str(dtype).removeprefix("torch.")
+    say(
+        f"{'Equal' if good else 'NOT equal'} within {limit:.0e} "
+        f"of the largest value ({name})."
+    )
+    return good
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """The command `verify`."""
+    dtype = getattr(torch, args.dtype)
+    return 0 if show_distances(verify(args.model, dtype), dtype) else 1
+
+
+def open_data(
+    path: Path, tokenizer: Tokenizer, config: Config, recipe: Recipe
+) -> tuple[Batches, Batches]:
+    """The training and the held-out batches of a text file."""
+    train_part, held_out = split_documents(read_text(path))
+    T = min(config.max_seq_len, recipe.seq_len)
+    size, seed = recipe.batch_size, recipe.seed
+    try:
+        return (
+            Batches(train_part, tokenizer, T, size, seed),
+            Batches(held_out, tokenizer, T, size, seed),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def default_tokenizer() -> str | Path:
+    """Where the stories' vocabulary stands beside the book; elsewhere, bytes."""
+    path = DATA / "stories.tiktoken"
+    return path if path.exists() else "bytes"
+
+
+def presets() -> dict[str, Config]:
+    """The named configurations of this file."""
+    return {name: c for name, c in globals().items() if isinstance(c, Config)}
+
+
+def choose(args: argparse.Namespace) -> tuple[Config, Recipe, Tokenizer]:
+    """What a new run uses, from the flags."""
+    recipe = replace(Recipe(), **asked_settings(args))
+    if args.init is not None:
+        folder = find_folder(args.init)
+        config = read_config(folder)
+        tokenizer = load_tokenizer(args.tokenizer or folder)
+    else:
+        tokenizer = load_tokenizer(args.tokenizer or default_tokenizer())
+        config = presets()[args.preset or "TINY"]
+        config = replace(config, vocab_size=tokenizer.vocab_size)
+        config = replace(config, bos_id=None, eos_id=tokenizer.eos_id)
+    return config, recipe, tokenizer
+
+
+def asked_settings(args: argparse.Namespace) -> dict:
+    """The settings of the recipe that were given as flags."""
+    given = {setting.name: getattr(args, setting.name) for setting in fields(Recipe)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def resume(args: argparse.Namespace) -> tuple[dict, Config, Recipe, Tokenizer]:
+    """The checkpoint in `--out` and what its run used; only `--steps` may change."""
+    checkpoint = Path(args.out) / "checkpoint.pt"
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"nothing to resume: no {checkpoint}")
+    state, asked = read_torch(checkpoint), asked_settings(args)
+    kinds = ("preset", "recipe", "tokenizer", "init", "n_kv_heads")
+    fixed = {kind for kind in kinds if getattr(args, kind, None) is not None}
+    if extra := asked.keys() - {"steps"} | fixed:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(extra))
+        raise ValueError(f"a resumed run keeps its settings; leave out {flags}")
+    try:
+        config, recipe = Config(**state["config"]), Recipe(**state["recipe"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint} is of another version: {error}") from None
+    return state, config, replace(recipe, **asked), load_tokenizer(args.out)
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """The command `train`."""
+    out, state = Path(args.out), None
+    if args.resume:
+        state, config, recipe, tokenizer = resume(args)
+    elif (out / "checkpoint.pt").exists():
+        raise ValueError(
+            f"{out} holds a run: --resume goes on with it; or another --out"
+        )
+    elif out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    else:
+        config, recipe, tokenizer = choose(args)
+    data = Path(args.data or (state or {}).get("source") or DEFAULT_DATA)
+    batches, held_out = open_data(data, tokenizer, config, recipe)
+    torch.manual_seed(recipe.seed)
+    device = open_device(args.device)
+    model = Transformer(config).to(device)
+    if args.init is not None:
+        start_from(model, args.init)
+    check_vocabulary(model, tokenizer)
+    usual = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = args.dtype or (state or {}).get("dtype") or usual
+    training = Training(
+        model, batches, held_out, recipe, getattr(torch, dtype), args.compile, str(data)
+    )
+    if state is not None:
+        training.restore(state)
+    out.mkdir(parents=True, exist_ok=True)  # where it cannot be, say so before training
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{count:,} parameters, {recipe.steps} steps on {device.type}, data {data}")
+    if training.step >= recipe.steps:
+        say(f"Step {training.step} is reached already; --steps N goes on to N.")
+        return 0
+    if not train(training, tokenizer, out, lambda m: example(m, tokenizer)):
+        again = f"python {sys.argv[0]} train --out {out} --resume"
+        say(f"Stopped at step {training.step}, saved in {out}. To go on: {again}")
+        return 130
+    say(f"Saved in {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    report(training, tokenizer, out)
+    return 0
+
+
+def start_from(model: Transformer, source: str) -> None:
+    """Load the weights of a checkpoint."""
+    found = Transformer.from_pretrained(source, device=model.embed.weight.device)
+    model.load_state_dict(found.state_dict())
+
+
+def report(training: Training, tokenizer: Tokenizer, out: Path) -> None:
+    """What to say and to measure at the end of `train`."""
+    say(f"Next: python {sys.argv[0]} generate --model {out} --prompt 'One day'")
+
+
+def check_vocabulary(model: Transformer, tokenizer: Tokenizer) -> None:
+    """Raise ValueError when the tokenizer has ids that the model has not."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
+
+
+def example(model: Transformer, tokenizer: Tokenizer, prompt: str = "One day") -> str:
+    """A short text that the model writes after `prompt`, on one line."""
+    ids = tokenizer.encode(prompt)[-model.config.max_seq_len // 2 :]
+    tokens = torch.tensor([ids], device=model.embed.weight.device)
+    n = min(60, model.config.max_seq_len - len(ids))
+    generator = torch.Generator(tokens.device).manual_seed(0)
+    out = generate(model, tokens, n, temperature=0.8, generator=generator)
+    return " ".join(tokenizer.decode(out[0].tolist()).split())
+
+
+def stream_text(
+    tokenizer: Tokenizer, steps: Iterable[Tensor], behind: Sequence[int] = ()
+) -> Iterator[str]:
+    """The text of a stream of (1,) ids, held back while a character is not whole.
+
+    Each piece is decoded together with the ids `behind` it: alone, some decoders would
+    drop its first blank.
+    """
+    behind, pending = list(behind), []
+    for step in steps:
+        pending.append(int(step[0]))
+        text = tokenizer.decode(behind + pending)[len(tokenizer.decode(behind)) :]
+        if not text.endswith("\ufffd") or len(pending) > 8:
+            yield text
+            behind, pending = pending, []
+    if pending:
+        yield tokenizer.decode(behind + pending)[len(tokenizer.decode(behind)) :]
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, prompt: str, chat: bool, system: str | None
+) -> list[int]:
+    """The ids of a text to continue or, in a chat, of a message to answer."""
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    if chat:
+        first = [] if system is None else [("system", system)]
+        return encode_chat(tokenizer, [*first, ("user", prompt)])
+    if system is not None:
+        raise ValueError("--system is for a conversation: add --chat")
+    return [*tokenizer.opening, *tokenizer.encode(prompt)]
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """The command `generate`: continue a prompt, or answer it, as it is written."""
+    device = open_device(args.device)
+    dtype = getattr(torch, args.dtype)
+    model = Transformer.from_pretrained(args.model, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(find_folder(args.model))
+    check_vocabulary(model, tokenizer)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    ids = prompt_ids(tokenizer, prompt, args.chat, args.system)
+    room = model.config.max_seq_len - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens; with at least one more it exceeds the "
+            f"context of {model.config.max_seq_len}: shorten it"
+        )
+    stops = stop_ids(model.config, tokenizer)
+    steps = stream(
+        model,
+        torch.tensor([ids], device=device),
+        min(room, 200) if args.max_new_tokens is None else args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        stop=stops,
+        generator=torch.Generator(device).manual_seed(args.seed),
+    )
+    shown = (step for step in steps if int(step) not in stops)
+    texts = stream_text(tokenizer, shown, behind=ids[-1:])
+    first = next(texts, "")  # a mistake shows here, before anything is printed
+    print("" if args.chat else prompt, end="")
+    for text in itertools.chain([first], texts):
+        print(text, end="", flush=True)
+    print()
+    return 0
+
+
+DEFAULT_DATA = DATA / "stories.txt"
+
+
+def demo(json_path: str | None = None) -> dict:
+    """Check against Hugging Face, train TINY for half a minute, weigh its cache."""
+    say("1. The same weights in Hugging Face's model and in ours: one function?\n")
+    rows = verify()
+    if not show_distances(rows, torch.float32):
+        raise ValueError("the model differs from the reference; see the table above")
+    say("\n2. Four forms of attention over the same latents, in float64:\n")
+    for name, gap in compare_forms().items():
+        say(f"  {name:<20} differs by {gap:.0e}")
+    say(f"\n3. A small model learns from the stories in {DEFAULT_DATA.name}.\n")
+    tokenizer = load_tokenizer(default_tokenizer())
+    recipe = Recipe(steps=600, warmup=50, eval_every=300)
+    batches, held_out = open_data(DEFAULT_DATA, tokenizer, TINY, recipe)
+    torch.manual_seed(recipe.seed)
+    training = Training(Transformer(TINY), batches, held_out, recipe)
+    out = Path("out") / HERE.parent.name / "demo"
+    train(training, tokenizer, out)
+    say("\n4. It continues the opening of a story that it has not seen.\n")
+    unseen = split_documents(read_text(DEFAULT_DATA))[1][0]
+    said = example(training.model, tokenizer, unseen.partition(". ")[0] + ".")
+    say(said)
+    kept = training.model.new_cache(1, 1).nbytes
+    heads = TINY.nope_head_dim + TINY.rope_head_dim + TINY.v_head_dim
+    say(
+        f"\nIts cache takes {kept:,} bytes a token; the expanded keys and values would "
+        f"take {4 * TINY.n_layers * TINY.n_heads * heads:,}."
+    )
+    say(f"\nThe model is in {out}. Try next:")
+    say(f"  python {sys.argv[0]} generate --model {out} --prompt 'The old dog'")
+    say(f"  python {sys.argv[0]} train --out out/mla")
+    row = {
+        "chapter": HERE.parent.name,
+        "did": f"trained {recipe.steps} steps, held-out loss "
+        f"{training.log[-1]['held_out']:.2f} nats a token; {kept:,} bytes of cache "
+        "a token",
+        "distance": rows[-1]["max_abs"],
+        "said": said,
+    }
+    if json_path is not None:
+        with replacing(Path(json_path)) as partial:
+            partial.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    return row
+
+
+@torch.no_grad()
+def compare_forms() -> dict[str, float]:
+    """Largest difference of each absorbed form from the naive one, in float64."""
+    c = small_config()
+    K, R, W = c.nope_head_dim, c.rope_head_dim, c.v_head_dim
+    random = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(0)}
+    q = torch.randn(2, c.n_heads, 5, K + R, **random)
+    kv = torch.randn(2, 9, c.kv_lora_rank + R, **random)
+    w_up = torch.randn(c.n_heads, K + W, c.kv_lora_rank, **random)
+    seen = torch.ones(1, 1, 5, 9, dtype=torch.bool).tril(9 - 5)
+    forms = (attend_naive, attend_absorb_k, attend_absorb_kv, attend_latent_cache)
+    naive, *others = (form(q, kv, w_up, c.softmax_scale, seen) for form in forms)
+    return {
+        form.__name__: (other - naive).abs().max().item()
+        for form, other in zip(forms[1:], others, strict=True)
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = CommandLine(prog=HERE.name, description=(__doc__ or "").split("\n")[0])
+    root.set_defaults(run=lambda args: demo(getattr(args, "json", None)) and 0)
+    commands = root.add_subparsers(title="commands", metavar="")
+    show = commands.add_parser("demo", help="what `python %(prog)s` alone does")
+    show.add_argument("--json", metavar="PATH", help="write the result's row here")
+    check = commands.add_parser(
+        "verify", help="compare with Hugging Face, stage by stage"
+    )
+    check.add_argument("--model", metavar="SOURCE", help="a folder or a hub id")
+    check.add_argument(
+        "--dtype",
+        default="float32",
+        choices=[str(dtype).removeprefix("torch.") for dtype in TOLERANCE],
+    )
+    check.set_defaults(run=run_verify)
+    add_train(commands.add_parser("train", help="train a model from a text file"))
+    add_generate(commands.add_parser("generate", help="continue a prompt"))
+    return root
+
+
+def add_train(command: argparse.ArgumentParser) -> None:
+    """The flags of `train`; those of the recipe are taken from its fields."""
+    command.add_argument("--data", metavar="FILE", help=f"default: {DEFAULT_DATA.name}")
+    command.add_argument("--preset", choices=sorted(presets()), help="default: TINY")
+    command.add_argument("--init", metavar="SOURCE", help="start from this checkpoint")
+    command.add_argument(
+        "--tokenizer", metavar="FILE", help="a file, a folder or 'bytes'"
+    )
+    command.add_argument(
+        "--out", default=str(Path("out") / HERE.parent.name), metavar="DIR"
+    )
+    command.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out"
+    )
+    for setting in fields(Recipe):
+        command.add_argument(
+            f"--{setting.name.replace('_', '-')}",
+            type=type(setting.default),
+            help=f"default: {setting.default}",
+            metavar="N" if isinstance(setting.default, int) else "X",
+        )
+    command.add_argument("--device", default=default_device())
+    command.add_argument("--dtype", choices=["float32", "bfloat16"])
+    command.add_argument("--compile", action="store_true", help="use torch.compile")
+    command.set_defaults(run=run_train)
+
+
+def add_generate(command: argparse.ArgumentParser) -> None:
+    """The flags of `generate`."""
+    command.add_argument("--model", required=True, metavar="SOURCE")
+    command.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="- reads stdin"
+    )
+    command.add_argument(
+        "--chat", action="store_true", help="the prompt is a message to be answered"
+    )
+    command.add_argument(
+        "--system", metavar="TEXT", help="with --chat: what the model is told first"
+    )
+    command.add_argument("--max-new-tokens", type=int, metavar="N")
+    command.add_argument("--temperature", type=float, default=0.8, metavar="X")
+    command.add_argument("--top-k", type=int, metavar="K")
+    command.add_argument("--top-p", type=float, metavar="P")
+    command.add_argument("--seed", type=int, default=0, metavar="N")
+    command.add_argument("--device", default=default_device())
+    command.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of the weights: bfloat16 takes half the memory, and is slow on many CPUs",
+    )
+    command.set_defaults(run=run_generate)
+
+
+def default_device() -> str:
+    """A CUDA GPU where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_device(name: str) -> torch.device:
+    """The device of that name; raises ValueError where torch cannot use it."""
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # it asserts that CUDA was built in
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from None
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake ends in one line on stderr and exit code 2."""
+    for stream_ in (sys.stdin, sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a console of another encoding, or a notebook
+            stream_.reconfigure(encoding="utf-8", errors="replace")
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except ModuleNotFoundError as error:
+        reason = f"this needs a package that is not here: pip install {error.name}"
+    except (ValueError, OSError, FloatingPointError) as error:
+        reason = " ".join(str(error).split())
+    except KeyboardInterrupt:
+        print(f"{HERE.name}: interrupted", file=sys.stderr)
+        return 130
+    print(f"{HERE.name}: {reason}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
