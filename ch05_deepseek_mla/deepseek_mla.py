@@ -563,7 +563,7 @@ def attend_latent_cache(
     if seen is None and T > 1:
         seen = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril(S - T)
     if seen is not None:
-        seen = seen.expand(-1, H, -1, -1).flatten(1, 2)[:, None]  # (1 or B, 1, H·T, S)
+        seen = seen.expand(-1, H, -1, -1).flatten(1, 2)[:, None]  # (..., 1, H·T, S)
     mixed = F.scaled_dot_product_attention(
         rows[:, None], kv[:, None], latent[:, None], attn_mask=seen, scale=scale
     )  # (B, 1, H·T, C)

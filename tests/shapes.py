@@ -7,10 +7,10 @@ A line such as
 
 is rewritten so that the statement is followed by a check of `q.shape`. A single capital
 binds at its first use within one call of the function and must keep that value; entries
-like `H/G`, `T-1` or `C+R` are evaluated. A capital that the function has as an integer
-variable, or its object as an attribute (`self.H`), or that the caller of `instrument`
-names in `known` (within methods, and functions that have a `model` or a `config`),
-stands for that value.
+like `H/G`, `T-1` or `H·(K+R)` are evaluated. A capital that the function has as an
+integer variable, or its object as an attribute (`self.H`), or that the caller of
+`instrument` names in `known` (within methods, and functions that have a `model`, a
+`config` or weights `w_up`), stands for that value.
 
 What a comment may say:
 
@@ -38,7 +38,7 @@ from fractions import Fraction
 from typing import Any
 
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
-SHAPE = re.compile(r"\(([^()]*)\)")
+SHAPE = re.compile(r"\(((?:[^()]|(?<!\w)\([^()]*\))*)\)")
 ARITHMETIC = (
     ast.Expression,
     ast.BinOp,
@@ -123,7 +123,8 @@ class Instrumented:
     def fixed(self, local: dict[str, Any]) -> dict[str, int]:
         """The names that this call has no say in, the nearest meaning last."""
         owner = local.get("self")
-        of_model = any(name in local for name in ("self", "model", "config"))
+        owners = ("self", "model", "config", "w_up")
+        of_model = any(name in local for name in owners)
         sizes = dict(self.known) if of_model else {}
         owned = vars(owner) if hasattr(owner, "__dict__") else {}
         letters = {k: v for k, v in owned.items() if is_letter(k)}
@@ -229,7 +230,7 @@ def parse_comment(text: str) -> tuple[list[list[str]], str | None, bool] | None:
 
     Raises ValueError for a comment that looks like a shape and cannot be checked.
     """
-    body = text.lstrip("#").strip()
+    body = text.lstrip("#").strip().replace("·", "*")
     shapes, rest = [], body
     while match := SHAPE.match(rest):
         entries = [e.strip() for e in match[1].split(",")]
@@ -365,8 +366,8 @@ def instrument(
 ) -> Instrumented:
     """Turns the shape comments of `source` into checks.
 
-    `known` fixes letters within methods and in functions that have a `model` or a
-    `config`: the sizes of the configuration that will run.
+    `known` fixes letters within methods and in functions that have a `model`, a
+    `config` or weights `w_up`: the sizes of the configuration that will run.
     `problems` of the result lists comments that look like shapes and cannot be checked.
     """
     sites: list[Site] = []

@@ -16,6 +16,9 @@ SIZES = {"vocab_size": 97, "dim": 30, "n_heads": 5, "ffn_dim": 46, "max_seq_len"
 SIZES["rope_factor"] = 8.0
 # With grouped heads H/G must be whole, and K is free of D where it has its own field.
 GROUPED = {"dim": 60, "n_heads": 10, "n_kv_heads": 5}
+# Plain and rotary width of a head, latents, values: their sums differ from these too.
+LATENT = {"nope_head_dim": 10, "rope_head_dim": 26, "v_head_dim": 17}
+LATENT |= {"kv_lora_rank": 19, "q_lora_rank": 23}
 LETTERS = {
     "D": "dim",
     "H": "n_heads",
@@ -25,10 +28,10 @@ LETTERS = {
     "V": "vocab_size",
     "E": "n_experts",
     "A": "n_active",
-    "C": "latent_dim",
-    "Q": "q_latent_dim",
-    "R": "rope_dim",
-    "P": "value_dim",
+    "C": "kv_lora_rank",
+    "Q": "q_lora_rank",
+    "R": "rope_head_dim",
+    "W": "v_head_dim",
 }
 B, T, N = 3, 7, 11
 
@@ -37,7 +40,7 @@ def small_config(module):
     """The chapter's TINY with distinct sizes."""
     tiny = module.TINY
     fields = {f.name for f in dataclasses.fields(tiny)}
-    sizes = {**SIZES, **(GROUPED if "n_kv_heads" in fields else {})}
+    sizes = {**SIZES, **LATENT, **(GROUPED if "n_kv_heads" in fields else {})}
     if getattr(tiny, "head_dim", None) is not None and "head_dim" in fields:
         sizes["head_dim"] = 14
     for name, size in (("pad_id", 96), ("bos_id", 95), ("eos_id", 94)):
@@ -51,8 +54,16 @@ def letters_of(config):
     """The letters that a configuration fixes, by STYLE's names."""
     known = {k: getattr(config, name, None) for k, name in LETTERS.items()}
     known = {k: size for k, size in known.items() if isinstance(size, int)}
-    known.setdefault("K", config.dim // config.n_heads)
+    plain = getattr(config, "nope_head_dim", config.dim // config.n_heads)
+    known.setdefault("K", plain)
     return known
+
+
+def variants(config):
+    """The configuration, and those that lead to lines it does not reach."""
+    yield config
+    if getattr(config, "q_lora_rank", None) is not None:
+        yield dataclasses.replace(config, q_lora_rank=None)
 
 
 def call(function, *args, **options):
@@ -88,10 +99,26 @@ def exercise(names, config):
             padded = model.new_cache(B, 29, pad=torch.tensor([0, 2, 4]))
             model(batch, cache=padded)
             model(batch[:, :1], cache=padded)
+    for name in [name for name in names if name.startswith("attend_")]:
+        exercise_attention(names[name], config)
     if hasattr(model, "predict_ahead"):
         model.predict_ahead(batch)
     if "speculate" in names:
         names["speculate"](model, batch[:1], 9)
+
+
+def exercise_attention(attend, config):
+    """One of several forms of attention, some of which no model takes."""
+    K, W, R = config.nope_head_dim, config.v_head_dim, config.rope_head_dim
+    w_up = torch.randn(config.n_heads, K + W, config.kv_lora_rank)
+    kv = torch.randn(B, N, config.kv_lora_rank + R)
+    for rows in (1, B):
+        for queries in (1, T, N):
+            q = torch.randn(B, config.n_heads, queries, K + R)
+            seen = torch.ones(rows, 1, queries, N, dtype=torch.bool).tril(N - queries)
+            attend(q, kv, w_up, 0.5, seen)
+            if queries in (1, N):
+                attend(q, kv, w_up, 0.5)
 
 
 def loss_batch(names, batch):
@@ -124,7 +151,8 @@ def test_the_shape_comments_of_the_chapter_hold(chapter):
     assert not checked.problems, "\n".join(checked.problems)
     names = checked.namespace()
     # The configuration must be of the class that the instrumented module defines.
-    exercise(names, names["Config"](**field_values(config)))
+    for variant in variants(config):
+        exercise(names, names["Config"](**field_values(variant)))
     missed = checked.unexecuted(banner_line(source) - 1)
     assert not missed, "\n".join(missed)
     assert sum(site.hits > 0 for site in checked.sites) >= 10
@@ -184,6 +212,13 @@ RIGHT = {
     ),
     "prose": "def f(x):\n    y = x  # (B, T, D)\n    z = 1  # (2) see below (A, b)",
     "a variable": "def f(x):\n    beams = 2\n    y = x  # (beams, T, D)",
+    "a product": (
+        "def f(x):\n    y = x  # (B, T, D)\n    z = x.flatten(1)  # (B, T·D)"
+    ),
+    "parentheses": (
+        "def f(x):\n    y = x  # (B, T, D)\n"
+        "    z = torch.zeros(2, 16)  # (B, B·(T + D))"
+    ),
     "with a variable": "def f(x):\n    n = 4\n    y = x  # (B, T, n+1)",
     "no comma": "def f(x):\n    y = x[:, 0, 0]  # (B)",
     "each call anew": (
@@ -215,6 +250,10 @@ LIES = {
     "no whole division": (
         "def f(x):\n    y = x  # (B, T, D)\n    z = x[:, :1]  # (B, T/B, D)",
         "T/B is 3/2, not 1",
+    ),
+    "a product": (
+        "def f(x):\n    y = x  # (B, T, D)\n    z = x.flatten(1)  # (B, B·(T + D))",
+        r"B\*\(T \+ D\) is 16, not 15",
     ),
     "unbound": ("def f(x):\n    y = x  # (B, T, H/G)", "G has no size yet in H/G"),
     "second target": (
