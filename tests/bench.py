@@ -59,6 +59,9 @@ STEPS = 5
 # Room of our caches, in tokens; a step must not depend on it.
 ROOM = 1024
 SMOLLM2 = ROOT / "data" / "smollm2"
+# What makes a model wider.
+WIDTHS = {"dim", "head_dim", "ffn_dim", "q_lora_rank", "kv_lora_rank"}
+WIDTHS |= {"nope_head_dim", "rope_head_dim", "v_head_dim"}
 # A published preset above this is left to machines that have the memory for two.
 LARGEST = 400e6
 
@@ -117,9 +120,12 @@ def plain(config: Any) -> Any:
 
 
 def widened(config: Any) -> Any:
-    """Three times as wide, each of as many heads too."""
-    names = {each.name for each in fields(config)} & {"dim", "head_dim", "ffn_dim"}
-    return replace(config, **{name: 3 * getattr(config, name) for name in names})
+    """Three times as wide, each of as many heads too; latents as well."""
+    names = {each.name for each in fields(config)} & WIDTHS
+    sizes = {name: getattr(config, name) for name in names}
+    return replace(
+        config, **{name: 3 * n for name, n in sizes.items() if n is not None}
+    )
 
 
 def real_size(module: ModuleType) -> tuple[str, Any, Path | None]:

@@ -112,6 +112,8 @@ def test_the_bytes_of_a_step_by_hand(module):
     assert bench.bytes_read(model, cache, S) == 4 * (weights + kept)
     if hasattr(config, "n_kv_heads"):
         assert kept == 2 * B * L * S * config.n_kv_heads * config.head_dim
+    else:
+        assert kept == B * L * S * (config.kv_lora_rank + config.rope_head_dim)
     untied = module.Transformer(replace(config, tie_embeddings=False))
     assert bench.bytes_read(untied, cache, S) == 4 * (weights + kept), (
         "an embedding table beside the head is not read through"
@@ -217,7 +219,12 @@ def test_a_real_model_stands_in_where_presets_are_too_large(
 def test_the_wider_tiny_model_has_wider_heads(module):
     config = bench.widened(module.TINY)
     assert config.dim == 3 * module.TINY.dim
-    assert config.head_dim == 3 * module.TINY.head_dim
+    widths = {"head_dim", "nope_head_dim", "rope_head_dim", "v_head_dim"}
+    widths |= {"q_lora_rank", "kv_lora_rank", "ffn_dim"}
+    for name in widths:
+        if hasattr(config, name):
+            assert getattr(config, name) == 3 * getattr(module.TINY, name), name
+    assert any(hasattr(config, name) for name in widths if "head_dim" in name)
     assert (config.n_heads, config.n_layers) == (
         module.TINY.n_heads,
         module.TINY.n_layers,
