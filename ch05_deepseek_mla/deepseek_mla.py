@@ -890,7 +890,7 @@ def reorder_rotary(
     else:
         return tensor
     R = config.rope_head_dim
-    if not config.rope_interleave or tensor.shape[0] != heads * (plain + R):
+    if not config.rope_interleave or tensor.shape[:1] != (heads * (plain + R),):
         return tensor  # `fill` refuses a wrong shape
     kept, rotary = tensor.unflatten(0, (heads, -1)).split([plain, R], dim=1)
     rotary = order(rotary.flatten(0, 1), R).unflatten(0, (heads, R))
