@@ -511,6 +511,8 @@ def attend_naive(
     """
     _, _, latent, k_rope, w_uk, w_uv = parts(q, kv, w_up)
     H, K, W = len(w_up), w_uk.shape[1], w_uv.shape[1]
+    # SDPA's is_causal puts query t at position t.
+    assert seen is not None or q.shape[2] in (1, kv.shape[1])
     up = F.linear(latent, w_up.flatten(0, 1)).unflatten(2, (H, -1))  # (B, S, H, K + W)
     k, v = up.transpose(1, 2).split([K, W], dim=3)  # (B, H, S, K), (B, H, S, W)
     k = torch.cat([k, k_rope[:, None].expand(-1, H, -1, -1)], dim=3)

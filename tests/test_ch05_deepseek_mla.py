@@ -303,6 +303,14 @@ def test_the_gradients_of_the_forms_agree(form, case, dtype, relative):
         equal(mine, naive, relative * max(1.0, naive.abs().max().item()))
 
 
+def test_the_naive_form_does_not_guess_where_a_chunk_stands():
+    """The fused kernel would put its queries at the start."""
+    with pytest.raises(AssertionError):
+        mla.attend_naive(*operands(SMALL))
+    for form in FORMS.values():  # these count from the end
+        equal(form(*operands(SMALL)), form(*operands(SMALL), causal(4, 7)), 1e-12)
+
+
 def test_absorbed_it_is_multi_query_attention():
     """One head of keys, C + R wide, and of values, C wide, for all H queries."""
     q, kv, w_up, scale = operands(SMALL)
