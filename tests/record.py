@@ -2,7 +2,7 @@
 """Run what takes minutes and keep its numbers in the chapters' `results/`.
 
     python tests/record.py verify             distances to Hugging Face, every chapter
-    python tests/record.py smollm2            the same on SmolLM2, from chapter 4 on
+    python tests/record.py smollm2            the same on SmolLM2, which is a Llama
     python tests/record.py train [ch02 …]     default training, then what it can do
     python tests/record.py recipes            chapter 1: the paper's recipe on a laptop
     python tests/record.py bench              speed beside Hugging Face's
@@ -218,7 +218,7 @@ def main() -> int:
     if args.what == "recipes":
         chapters = [c for c in chapters if hasattr(load(c), "RECIPES")]
     if args.what == "smollm2":
-        chapters = [c for c in chapters if hasattr(load(c), "real_text")]
+        chapters = [c for c in chapters if hasattr(load(c), "LLAMA_3_2_1B")]
     for chapter in chapters:
         if not args.chapters or chapter.prefix in args.chapters:
             WORK[args.what](chapter)
