@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How low-rank are real keys and values: what a latent of C numbers can hold.
 
-    python tests/studies/low_rank.py             all of it, a quarter of an hour
+    python tests/studies/low_rank.py             all of it, twenty minutes or more
     python tests/studies/low_rank.py --quick     a small random model, in seconds
 
 Multi-head latent attention (arXiv:2405.04434 §2.1) caches, for each token and layer, C
