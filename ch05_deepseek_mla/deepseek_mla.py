@@ -2370,7 +2370,7 @@ def demo(json_path: str | None = None) -> dict:
         say(f"  {name:<20} differs by {gap:.0e}")
     say(f"\n3. A small model learns from the stories in {DEFAULT_DATA.name}.\n")
     tokenizer = load_tokenizer(default_tokenizer())
-    recipe = Recipe(steps=600, warmup=50, eval_every=300)
+    recipe = Recipe(steps=400, warmup=50, eval_every=200)
     batches, held_out = open_data(DEFAULT_DATA, tokenizer, TINY, recipe)
     torch.manual_seed(recipe.seed)
     training = Training(Transformer(TINY), batches, held_out, recipe)

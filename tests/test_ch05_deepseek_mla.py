@@ -1176,9 +1176,11 @@ def test_a_context_too_long_is_refused():
     # A cache that someone made by hand may be larger than the context.
     layers = [mla.LayerCache(torch.zeros(1, 90, C + R).double()) for _ in range(L)]
     cache = mla.KVCache(layers, 90)
+    with torch.no_grad():
+        model(some_tokens(1, 80), cache)
     with pytest.raises(ValueError, match="81.*80"):
-        model(some_tokens(1, 81), cache)
-    assert cache.length == 0
+        model(some_tokens(1, 1), cache)
+    assert cache.length == 80
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -2100,10 +2102,11 @@ def test_what_generate_feeds_the_model_and_prints(capsys, tmp_path, monkeypatch)
     ours_random(vocab_size=261, max_seq_len=160, eos_id=257).save_pretrained(tmp_path)
     bytes_json(tmp_path, *CHAT, opens="<|begin_of_text|>")
     tokenizer = mla.load_tokenizer(tmp_path)
-    calls = []
+    calls, dtypes = [], []
 
     def fake(model, tokens, max_new_tokens, **asked):
         calls.append((tokens[0].tolist(), max_new_tokens, asked["stop"]))
+        dtypes.append(model.embed.weight.dtype)
         for i in [*tokenizer.encode("Gut é!"), 260]:
             yield torch.tensor([i])
 
@@ -2115,6 +2118,8 @@ def test_what_generate_feeds_the_model_and_prints(capsys, tmp_path, monkeypatch)
         "Gut é!\n",
         "",
     )
+    assert run(capsys, *asked, "--dtype", "bfloat16") == (0, "HiGut é!\n", "")
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16]
     talk = [("system", "Be brief."), ("user", "Hi")]
     assert calls[0][0] == [256, *tokenizer.encode("Hi")]
     assert calls[1][0] == mla.encode_chat(tokenizer, talk)

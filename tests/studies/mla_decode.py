@@ -145,11 +145,18 @@ class Bench:
         self.theirs = module.reference(config)
         module.copy_to_reference(self.ours, self.theirs)
 
+    def kept(self, B: int, S: int) -> list[Tensor]:
+        """Random latents and rotary keys of S tokens for each layer, (B, S, C + R)."""
+        width = self.config.kv_lora_rank + self.config.rope_head_dim
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.config.n_layers, B, S, width)
+        return list(torch.randn(shape, generator=generator))
+
     def form(self, name: str, B: int, T: int, S: int) -> bench.Side:
         """A pass of T tokens behind S random ones by one of our forms, and back."""
         cache = self.ours.new_cache(B, S + T)
-        for layer in cache.layers:
-            layer.kv.normal_(generator=torch.Generator().manual_seed(0))
+        for layer, kept in zip(cache.layers, self.kept(B, S), strict=True):
+            layer.kv[:, :S] = kept
         cache.advance(S)
         tokens = torch.zeros(B, T, dtype=torch.long)
 
@@ -169,11 +176,10 @@ class Bench:
 
         C, R = self.config.kv_lora_rank, self.config.rope_head_dim
         cache = DynamicCache(config=self.theirs.config)
-        for i in range(self.config.n_layers):
-            kept = torch.randn(
-                B, 1, S, C + R, generator=torch.Generator().manual_seed(0)
-            )
-            cache.update(*(part.contiguous() for part in kept.split([C, R], 3)), i)
+        for i, kept in enumerate(self.kept(B, S)):
+            latent, rotary = kept[:, None].split([C, R], dim=3)  # (B, 1, S, C) and R
+            rotary = rotary.unflatten(3, (2, -1)).mT.flatten(3)  # V2's order of pairs
+            cache.update(latent.contiguous(), rotary.contiguous(), i)
         tokens = torch.zeros(B, T, dtype=torch.long)
 
         @torch.inference_mode()
