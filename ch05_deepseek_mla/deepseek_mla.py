@@ -19,19 +19,18 @@ used, for W_UK can go to the query and W_UV behind the sum ("absorption"):
 
 Letters: B batch, T positions in this call, S positions so far, V vocabulary, D model
 width, H heads, L layers, F feed-forward width; C width of the latent, Q of the queries'
-latent; of a head, K the plain and R the rotary width of query and key, W the value's.
+latent; of a head, K the plain and R the rotary width of query and key, P the value's.
 
 Lineage: from ch04_llama3/llama3.py
-    changed: Config Config.__post_init__ Config.from_hf Config.to_hf HF_CONFIG HF_ROPE
-        rope_from_hf TINY rope_frequencies rope_table LayerCache LayerCache.__init__
-        LayerCache.append KVCache.nbytes KVCache.expect Attention Attention.__init__
-        Attention.forward Transformer Transformer.new_cache Transformer.hidden
-        Transformer.from_pretrained HF_MODULES to_ours to_theirs read_config
-        small_config reference choose start_from run_generate demo add_train
-        add_generate
-    new: Config.softmax_scale HF_CLASSES HF_NEEDED MLA_V3 MLA_V2_LITE LATENT_EPS
-        yarn_scale attend_naive attend_absorb_k attend_absorb_kv attend_latent_cache
-        parts masked_softmax absorption_pays Attention.queries Attention.latents
+    changed: Config Config.__post_init__ Config.from_hf Config.to_hf HF_CONFIG TINY
+        rope_frequencies rope_table LayerCache LayerCache.__init__ LayerCache.append
+        KVCache.nbytes KVCache.expect Attention Attention.__init__ Attention.forward
+        Transformer Transformer.new_cache Transformer.hidden Transformer.from_pretrained
+        HF_MODULES HF_ROPE read_config rope_from_hf to_ours to_theirs small_config
+        reference choose start_from run_generate demo add_train add_generate
+    new: Config.softmax_scale HF_CLASSES MLA_V3 MLA_V2_LITE LATENT_EPS yarn_scale
+        attend_naive attend_absorb_k attend_absorb_kv attend_latent_cache parts
+        masked_softmax absorption_pays Attention.queries Attention.latents HF_NEEDED
         reorder_rotary compare_forms
     dropped: Config.from_meta LLAMA_3_2_1B LLAMA_3_2_3B LLAMA_3_1_8B META_MODULES
         is_meta_format read_meta meta_to_hf pool_heads answer
@@ -69,7 +68,7 @@ from torch import Tensor, nn
 class Config:
     """The shape of a DeepSeek model whose feed-forward layers are all dense.
 
-    Without `q_lora_rank` queries come from the stream by one matrix. `rope_factor`
+    Without `q_latent_dim` queries come from the stream by one matrix. `rope_factor`
     above 1 asks for YaRN (`rope_frequencies`); `rope_mscale` and `rope_mscale_all_dim`
     are its scale of the rotary part and of the softmax, 0 where the file names none.
     `rope_interleave` and `model_type` say how the checkpoint is written.
@@ -80,11 +79,11 @@ class Config:
     dim: int = 7168
     n_layers: int = 61
     n_heads: int = 128
-    q_lora_rank: int | None = 1536
-    kv_lora_rank: int = 512
-    nope_head_dim: int = 128
-    rope_head_dim: int = 64
-    v_head_dim: int = 128
+    q_latent_dim: int | None = 1536
+    latent_dim: int = 512
+    head_dim: int = 128
+    rope_dim: int = 64
+    value_dim: int = 128
     ffn_dim: int = 18432
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -103,46 +102,41 @@ class Config:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "max_seq_len", "dim", "n_layers", "n_heads", "ffn_dim")
-        sizes += ("kv_lora_rank", "nope_head_dim", "rope_head_dim", "v_head_dim")
-        sizes += ("rope_original_len",)
-        if self.q_lora_rank is not None:
-            sizes += ("q_lora_rank",)
+        sizes += (
+            "latent_dim",
+            "head_dim",
+            "rope_dim",
+            "value_dim",
+            "rope_original_len",
+        )
+        sizes += ("q_latent_dim",) * (self.q_latent_dim is not None)
         for name in sizes:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a positive integer")
-        if self.rope_head_dim % 2:
-            raise ValueError(
-                f"rope_head_dim is {self.rope_head_dim}; rotary pairs need it even"
-            )
-        for name in ("norm_eps", "rope_theta", "rope_factor", "rope_beta_slow"):
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim is {self.rope_dim}; rotary pairs need it even")
+        numbers = dict.fromkeys(("norm_eps", "rope_theta", "rope_beta_slow"), 1e-300)
+        numbers |= {"rope_factor": 1, "rope_mscale": 0, "rope_mscale_all_dim": 0}
+        for name, least in numbers.items():
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"{name} is {value!r}; it must be a positive number")
-        if self.rope_factor < 1:
-            raise ValueError(f"rope_factor is {self.rope_factor}; it is at least 1")
+            if not isinstance(value, int | float) or not value >= least:
+                wanted = f"at least {least}" if least in (0, 1) else "positive"
+                raise ValueError(f"{name} is {value!r}; it must be {wanted}")
         if not self.rope_beta_slow < self.rope_beta_fast:
             raise ValueError(
                 f"rope_beta_slow {self.rope_beta_slow} must be below "
                 f"rope_beta_fast {self.rope_beta_fast}"
             )
-        for name in ("rope_mscale", "rope_mscale_all_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not value >= 0:
-                raise ValueError(f"{name} is {value!r}; it must not be negative")
-        if self.model_type not in HF_CLASSES:
-            raise ValueError(
-                f"model_type is {self.model_type!r}; known are {', '.join(HF_CLASSES)}"
-            )
+        if self.model_type not in (known := list(HF_CLASSES)):
+            raise ValueError(f"model_type is {self.model_type!r}, none of {known}")
         if not self.rope_interleave and self.model_type == "deepseek_v2":
-            raise ValueError(
-                "DeepSeek-V2 checkpoints have their rotary pairs interleaved"
-            )
+            raise ValueError("DeepSeek-V2 files have their rotary pairs interleaved")
 
     @property
     def softmax_scale(self) -> float:
         """What scores are multiplied by: (K + R)^-1/2, and YaRN's factor squared."""
-        width = self.nope_head_dim + self.rope_head_dim
+        width = self.head_dim + self.rope_dim
         return yarn_scale(self.rope_factor, self.rope_mscale_all_dim) ** 2 * width**-0.5
 
     @classmethod
@@ -154,10 +148,7 @@ class Config:
         """
         kind = hf.get("model_type")
         if kind not in HF_CLASSES:
-            raise ValueError(
-                f"this chapter reads DeepSeek checkpoints (model_type "
-                f"{' or '.join(map(repr, HF_CLASSES))}); this one is {kind!r}"
-            )
+            raise ValueError(f"this chapter reads DeepSeek's V2 and V3, not {kind!r}")
         if (activation := hf.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"DeepSeek uses SiLU; this one uses {activation!r}")
         for name in ("attention_bias", "mlp_bias"):
@@ -167,16 +158,14 @@ class Config:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         if hf.get("first_k_dense_replace", 0) < hf["num_hidden_layers"]:
             raise ValueError(
-                "some layers of this checkpoint are mixtures of experts "
-                "(first_k_dense_replace is below num_hidden_layers); chapter 6 reads it"
+                "some layers are mixtures of experts, which are read from chapter 6 on"
             )
         known = {
             ours: hf[theirs]
             for ours, theirs in HF_CONFIG.items()
             if hf.get(theirs) is not None
         }
-        usual = {"max_seq_len": 2048, "norm_eps": 1e-6, "tie_embeddings": False}
-        usual |= {"q_lora_rank": None, "model_type": kind}
+        usual = {"max_seq_len": 2048, "q_latent_dim": None, "model_type": kind}
         if isinstance(known.get("eos_id"), list):
             known["eos_id"] = tuple(known["eos_id"])
         return cls(**usual | known | rope_from_hf(hf))
@@ -216,11 +205,11 @@ HF_CONFIG = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
-    "q_lora_rank": "q_lora_rank",
-    "kv_lora_rank": "kv_lora_rank",
-    "nope_head_dim": "qk_nope_head_dim",
-    "rope_head_dim": "qk_rope_head_dim",
-    "v_head_dim": "v_head_dim",
+    "q_latent_dim": "q_lora_rank",
+    "latent_dim": "kv_lora_rank",
+    "head_dim": "qk_nope_head_dim",
+    "rope_dim": "qk_rope_head_dim",
+    "value_dim": "v_head_dim",
     "ffn_dim": "intermediate_size",
     "norm_eps": "rms_norm_eps",
     "rope_interleave": "rope_interleave",
@@ -229,47 +218,6 @@ HF_CONFIG = {
     "bos_id": "bos_token_id",
     "eos_id": "eos_token_id",
 }
-# Those without which there is no model.
-HF_NEEDED = [
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("intermediate_size", "kv_lora_rank", "v_head_dim"),
-    *("qk_nope_head_dim", "qk_rope_head_dim"),
-]
-# Those within Hugging Face's dict of the rotary scaling.
-HF_ROPE = {
-    "rope_factor": "factor",
-    "rope_original_len": "original_max_position_embeddings",
-    "rope_beta_fast": "beta_fast",
-    "rope_beta_slow": "beta_slow",
-    "rope_mscale": "mscale",
-    "rope_mscale_all_dim": "mscale_all_dim",
-}
-
-
-def rope_from_hf(hf: dict) -> dict:
-    """Our rotary fields from a published config; ValueError for another scaling."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": float(theta)}
-    if kind != "yarn":
-        raise ValueError(
-            f"rotary scaling {kind!r} is not DeepSeek's; 'default' and 'yarn' are read"
-        )
-    if rope.get("factor") is None:
-        raise ValueError("the rotary scaling lacks factor")
-    if rope.get("attention_factor") is not None or rope.get("truncate") is False:
-        raise ValueError("attention_factor and truncate of YaRN are not DeepSeek's")
-    original = HF_ROPE["rope_original_len"]
-    rope = {original: hf.get("max_position_embeddings", 2048)} | rope
-    found = {ours: float(rope.get(name) or 0) for ours, name in HF_ROPE.items()}
-    found["rope_original_len"] = int(found["rope_original_len"])
-    found["rope_beta_fast"] = found["rope_beta_fast"] or 32.0
-    found["rope_beta_slow"] = found["rope_beta_slow"] or 1.0
-    return found | {"rope_theta": float(theta)}
-
-
 # The attention of DeepSeek-V3 and of V2-Lite, with dense layers where those have their
 # experts (chapter 6).
 MLA_V3 = Config(
@@ -284,7 +232,7 @@ MLA_V2_LITE = Config(
     dim=2048,
     n_layers=27,
     n_heads=16,
-    q_lora_rank=None,
+    q_latent_dim=None,
     ffn_dim=10944,
     rope_factor=40.0,
     rope_mscale=0.707,
@@ -299,11 +247,11 @@ TINY = Config(
     dim=128,
     n_layers=3,
     n_heads=4,
-    q_lora_rank=64,
-    kv_lora_rank=32,
-    nope_head_dim=32,
-    rope_head_dim=16,
-    v_head_dim=32,
+    q_latent_dim=64,
+    latent_dim=32,
+    head_dim=32,
+    rope_dim=16,
+    value_dim=32,
     ffn_dim=352,
     eos_id=1024,
 )
@@ -334,7 +282,7 @@ class RMSNorm(nn.Module):
 def yarn_scale(factor: float, weight: float) -> float:
     """0.1 · weight · ln(factor) + 1: how much longer contexts sharpen the softmax.
 
-    YaRN (arXiv:2309.00071 eq. 22) multiplies queries and keys by it.
+    YaRN (arXiv:2309.00071 §3.4) multiplies queries and keys by it.
     """
     return 0.1 * weight * math.log(factor) + 1.0
 
@@ -348,7 +296,7 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     from the one with `rope_beta_slow` turns on are slowed down by `rope_factor`, and
     those between are blended, linearly in their number.
     """
-    R = config.rope_head_dim
+    R = config.rope_dim
     i = torch.arange(0, R, 2, device=device).float() / R  # (R/2,)
     frequency = 1.0 / config.rope_theta**i  # (R/2,)
     if config.rope_factor == 1:
@@ -374,12 +322,11 @@ def rope_table(position: Tensor, config: Config) -> Tensor:
     frequency = rope_frequencies(config, position.device)  # (R/2,)
     angle = position[..., None] * frequency  # (..., T, R/2)
     table = torch.stack([angle.cos(), angle.sin()])  # (..., T, R/2)
-    if config.rope_mscale and config.rope_mscale_all_dim:
-        scale = yarn_scale(config.rope_factor, config.rope_mscale)
-        scale /= yarn_scale(config.rope_factor, config.rope_mscale_all_dim)
-    else:
-        scale = yarn_scale(config.rope_factor, 1.0)
-    table = table * scale
+    of_pairs, of_all = config.rope_mscale, config.rope_mscale_all_dim
+    if not (of_pairs and of_all):
+        of_pairs, of_all = 1.0, 0.0
+    scales = [yarn_scale(config.rope_factor, weight) for weight in (of_pairs, of_all)]
+    table = table * (scales[0] / scales[1])
     return table if position.dim() == 1 else table[:, :, None]
 
 
@@ -504,19 +451,19 @@ def attend_naive(
     """Attention with every latent expanded to keys and values of all heads.
 
     The first of four forms of one function. `q` (B, H, T, K + R) and `kv`
-    (B, S, C + R) end in their rotary parts, already turned. `w_up` (H, K + W, C) holds
+    (B, S, C + R) end in their rotary parts, already turned. `w_up` (H, K + P, C) holds
     W_UK and W_UV of each head, `scale` multiplies the scores, and `seen`,
     (1 or B, 1, T, S) of bools, says which key each query may look at; without it, all
-    up to its own. Returns (B, H, T, W). arXiv:2405.04434 eqs. 10 and 16 to 18.
+    up to its own. Returns (B, H, T, P). arXiv:2405.04434 eqs. 10 and 16 to 18.
     """
     _, _, latent, k_rope, w_uk, w_uv = parts(q, kv, w_up)
-    H, K, W = len(w_up), w_uk.shape[1], w_uv.shape[1]
+    H, K, P = len(w_up), w_uk.shape[1], w_uv.shape[1]
     # SDPA's is_causal puts query t at position t.
     assert seen is not None or q.shape[2] in (1, kv.shape[1])
-    up = F.linear(latent, w_up.flatten(0, 1)).unflatten(2, (H, -1))  # (B, S, H, K + W)
-    k, v = up.transpose(1, 2).split([K, W], dim=3)  # (B, H, S, K), (B, H, S, W)
+    up = F.linear(latent, w_up.flatten(0, 1)).unflatten(2, (H, -1))  # (B, S, H, K + P)
+    k, v = up.transpose(1, 2).split([K, P], dim=3)  # (B, H, S, K), (B, H, S, P)
     k = torch.cat([k, k_rope[:, None].expand(-1, H, -1, -1)], dim=3)
-    wider = max(k.shape[3] - W, 0)  # fused kernels want keys and values of one width
+    wider = max(k.shape[3] - P, 0)  # fused kernels want keys and values of one width
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -525,7 +472,7 @@ def attend_naive(
         is_causal=seen is None and q.shape[2] > 1,
         scale=scale,
     )
-    return out[..., :W]  # (B, H, T, W)
+    return out[..., :P]  # (B, H, T, P)
 
 
 def attend_absorb_k(
@@ -575,11 +522,9 @@ def attend_latent_cache(
 
 def parts(q: Tensor, kv: Tensor, w_up: Tensor) -> list[Tensor]:
     """Plain and rotary query, latent and rotary key, W_UK and W_UV; all are views."""
-    C = w_up.shape[2]
-    R = kv.shape[2] - C
-    K = q.shape[3] - R
-    W = w_up.shape[1] - K
-    return [*q.split([K, R], 3), *kv.split([C, R], 2), *w_up.split([K, W], 1)]
+    C, R = w_up.shape[2], kv.shape[2] - w_up.shape[2]
+    K, P = q.shape[3] - R, w_up.shape[1] - q.shape[3] + R
+    return [*q.split([K, R], 3), *kv.split([C, R], 2), *w_up.split([K, P], 1)]
 
 
 def masked_softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
@@ -597,10 +542,10 @@ def absorption_pays(T: int, S: int, config: Config) -> bool:
     width of a head; absorbed maps T queries and T results and compares in that of the
     latent. So the one form reads prompts, and the other decodes.
     """
-    C, R = config.kv_lora_rank, config.rope_head_dim
-    K, W = config.nope_head_dim, config.v_head_dim
-    naive = S * C * (K + W) + T * S * (K + R + W)
-    absorbed = T * C * (K + W) + T * S * (C + R + C)
+    C, R = config.latent_dim, config.rope_dim
+    K, P = config.head_dim, config.value_dim
+    naive = S * C * (K + P) + T * S * (K + R + P)
+    absorbed = T * C * (K + P) + T * S * (C + R + C)
     return absorbed < naive
 
 
@@ -615,8 +560,8 @@ class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        D, H, Q, C = config.dim, config.n_heads, config.q_lora_rank, config.kv_lora_rank
-        K, R, W = config.nope_head_dim, config.rope_head_dim, config.v_head_dim
+        D, H, Q, C = config.dim, config.n_heads, config.q_latent_dim, config.latent_dim
+        K, R, P = config.head_dim, config.rope_dim, config.value_dim
         if Q is None:
             self.wq = nn.Linear(D, H * (K + R), bias=False)
         else:
@@ -625,26 +570,24 @@ class Attention(nn.Module):
             self.wq_up = nn.Linear(Q, H * (K + R), bias=False)
         self.wkv_down = nn.Linear(D, C + R, bias=False)
         self.kv_norm = RMSNorm(C, LATENT_EPS)
-        self.wkv_up = nn.Linear(C, H * (K + W), bias=False)
-        self.wo = nn.Linear(H * W, D, bias=False)
+        self.wkv_up = nn.Linear(C, H * (K + P), bias=False)
+        self.wo = nn.Linear(H * P, D, bias=False)
 
     def queries(self, x: Tensor, rope: Tensor) -> Tensor:
         """Those of all heads, (B, T, D) to (B, H, T, K + R); rotary parts rotated."""
         c = self.config
-        if c.q_lora_rank is None:
+        if c.q_latent_dim is None:
             q = self.wq(x)  # (B, T, H·(K + R))
         else:
             q = self.wq_up(self.q_norm(self.wq_down(x)))  # (B, T, H·(K + R))
         q = q.unflatten(2, (c.n_heads, -1)).transpose(1, 2)  # (B, H, T, K + R)
-        plain, rotary = q.split([c.nope_head_dim, c.rope_head_dim], dim=3)
+        plain, rotary = q.split([c.head_dim, c.rope_dim], dim=3)
         return torch.cat([plain, apply_rope(rotary, rope)], dim=3)
 
     def latents(self, x: Tensor, rope: Tensor) -> Tensor:
         """What is kept of each token, (B, T, C + R): normed latent, rotated key."""
         c = self.config
-        latent, rotary = self.wkv_down(x).split(
-            [c.kv_lora_rank, c.rope_head_dim], dim=2
-        )
+        latent, rotary = self.wkv_down(x).split([c.latent_dim, c.rope_dim], dim=2)
         rotary = apply_rope(rotary[:, None], rope)[:, 0]  # (B, T, R)
         return torch.cat([self.kv_norm(latent), rotary], dim=2)
 
@@ -663,7 +606,7 @@ class Attention(nn.Module):
                 attend = attend_latent_cache
         # A view, made at each call: whatever becomes of the weight, it is current.
         w_up = self.wkv_up.weight.unflatten(0, (self.config.n_heads, -1))
-        out = attend(q, kv, w_up, self.config.softmax_scale, seen)  # (B, H, T, W)
+        out = attend(q, kv, w_up, self.config.softmax_scale, seen)  # (B, H, T, P)
         return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -762,7 +705,7 @@ class Transformer(nn.Module):
                     f"pad is {pad.tolist()}; {batch_size} integers from 0 to "
                     f"{max_seq_len - 1} are needed, the left padding of each row"
                 )
-        width = self.config.kv_lora_rank + self.config.rope_head_dim
+        width = self.config.latent_dim + self.config.rope_dim
         shape = (batch_size, max_seq_len, width)
         with torch.inference_mode(False):  # so that it may be used outside of it too
             new = self.embed.weight.new_zeros
@@ -866,48 +809,6 @@ STAGES = [
 def canonical(name: str) -> str | None:
     """The name as in HF_NAMES; None for tables that old files hold needlessly."""
     return None if name.endswith(("rotary_emb.inv_freq", "rope.freqs")) else name
-
-
-def to_ours(name: str, tensor: Tensor, config: Config) -> Tensor:
-    """A tensor of a Hugging Face file in our layout: rotary pairs half-split."""
-    return reorder_rotary(name, tensor, config, to_half_split)
-
-
-def to_theirs(name: str, tensor: Tensor, config: Config) -> Tensor:
-    """`to_ours` undone."""
-    return reorder_rotary(name, tensor, config, to_interleaved)
-
-
-def reorder_rotary(
-    name: str, tensor: Tensor, config: Config, order: Callable[[Tensor, int], Tensor]
-) -> Tensor:
-    """Put the rows that make rotary parts in another order, where the file has one.
-
-    These are the last R of each head's query, and the last R of `kv_a_proj_with_mqa`.
-    """
-    if name.endswith(("q_proj.weight", "q_b_proj.weight")):
-        heads, plain = config.n_heads, config.nope_head_dim
-    elif name.endswith("kv_a_proj_with_mqa.weight"):
-        heads, plain = 1, config.kv_lora_rank
-    else:
-        return tensor
-    R = config.rope_head_dim
-    if not config.rope_interleave or tensor.shape[:1] != (heads * (plain + R),):
-        return tensor  # `fill` refuses a wrong shape
-    kept, rotary = tensor.unflatten(0, (heads, -1)).split([plain, R], dim=1)
-    rotary = order(rotary.flatten(0, 1), R).unflatten(0, (heads, R))
-    return torch.cat([kept, rotary], dim=1).flatten(0, 1)
-
-
-def read_config(folder: Path) -> Config:
-    """The config of a checkpoint."""
-    found = read_json(folder / "config.json")
-    try:
-        return Config.from_hf(found)
-    except (AttributeError, TypeError) as error:
-        raise ValueError(
-            f"config.json holds a value of a wrong kind: {error}"
-        ) from None
 
 
 def hf_names(model: Transformer) -> dict[str, list[str]]:
@@ -1191,6 +1092,89 @@ def read_json(path: Path) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object")
     return found
+
+
+# Those without which there is no model.
+HF_NEEDED = [
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "kv_lora_rank", "v_head_dim"),
+    *("qk_nope_head_dim", "qk_rope_head_dim"),
+]
+# Those within Hugging Face's dict of the rotary scaling.
+HF_ROPE = {
+    "rope_factor": "factor",
+    "rope_original_len": "original_max_position_embeddings",
+    "rope_beta_fast": "beta_fast",
+    "rope_beta_slow": "beta_slow",
+    "rope_mscale": "mscale",
+    "rope_mscale_all_dim": "mscale_all_dim",
+}
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a checkpoint."""
+    found = read_json(folder / "config.json")
+    try:
+        return Config.from_hf(found)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"config.json holds a value of a wrong kind: {error}"
+        ) from None
+
+
+def rope_from_hf(hf: dict) -> dict:
+    """Our rotary fields from a published config; ValueError for another scaling."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": float(theta)}
+    if kind != "yarn":
+        raise ValueError(
+            f"rotary scaling {kind!r} is not DeepSeek's; 'default' and 'yarn' are read"
+        )
+    if rope.get("factor") is None:
+        raise ValueError("the rotary scaling lacks factor")
+    if rope.get("attention_factor") is not None or rope.get("truncate") is False:
+        raise ValueError("attention_factor and truncate of YaRN are not DeepSeek's")
+    original = HF_ROPE["rope_original_len"]
+    rope = {original: hf.get("max_position_embeddings", 2048)} | rope
+    found = {ours: float(rope.get(name) or 0) for ours, name in HF_ROPE.items()}
+    found["rope_original_len"] = int(found["rope_original_len"])
+    found["rope_beta_fast"] = found["rope_beta_fast"] or 32.0
+    found["rope_beta_slow"] = found["rope_beta_slow"] or 1.0
+    return found | {"rope_theta": float(theta)}
+
+
+def to_ours(name: str, tensor: Tensor, config: Config) -> Tensor:
+    """A tensor of a Hugging Face file in our layout: rotary pairs half-split."""
+    return reorder_rotary(name, tensor, config, to_half_split)
+
+
+def to_theirs(name: str, tensor: Tensor, config: Config) -> Tensor:
+    """`to_ours` undone."""
+    return reorder_rotary(name, tensor, config, to_interleaved)
+
+
+def reorder_rotary(
+    name: str, tensor: Tensor, config: Config, order: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """Put the rows that make rotary parts in another order, where the file has one.
+
+    These are the last R of each head's query, and the last R of `kv_a_proj_with_mqa`.
+    """
+    if name.endswith(("q_proj.weight", "q_b_proj.weight")):
+        heads, plain = config.n_heads, config.head_dim
+    elif name.endswith("kv_a_proj_with_mqa.weight"):
+        heads, plain = 1, config.latent_dim
+    else:
+        return tensor
+    R = config.rope_dim
+    if not config.rope_interleave or tensor.shape[:1] != (heads * (plain + R),):
+        return tensor  # `fill` refuses a wrong shape
+    kept, rotary = tensor.unflatten(0, (heads, -1)).split([plain, R], dim=1)
+    rotary = order(rotary.flatten(0, 1), R).unflatten(0, (heads, R))
+    return torch.cat([kept, rotary], dim=1).flatten(0, 1)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -1948,11 +1932,11 @@ def small_config() -> Config:
         dim=30,
         n_layers=3,
         n_heads=6,
-        q_lora_rank=22,
-        kv_lora_rank=18,
-        nope_head_dim=10,
-        rope_head_dim=14,
-        v_head_dim=8,
+        q_latent_dim=22,
+        latent_dim=18,
+        head_dim=10,
+        rope_dim=14,
+        value_dim=8,
         ffn_dim=52,
         rope_theta=100.0,
         rope_factor=4.0,
@@ -2381,7 +2365,7 @@ def demo(json_path: str | None = None) -> dict:
     said = example(training.model, tokenizer, unseen.partition(". ")[0] + ".")
     say(said)
     kept = training.model.new_cache(1, 1).nbytes
-    heads = TINY.nope_head_dim + TINY.rope_head_dim + TINY.v_head_dim
+    heads = TINY.head_dim + TINY.rope_dim + TINY.value_dim
     say(
         f"\nIts cache takes {kept:,} bytes a token; the expanded keys and values would "
         f"take {4 * TINY.n_layers * TINY.n_heads * heads:,}."
@@ -2407,11 +2391,11 @@ def demo(json_path: str | None = None) -> dict:
 def compare_forms() -> dict[str, float]:
     """Largest difference of each absorbed form from the naive one, in float64."""
     c = small_config()
-    K, R, W = c.nope_head_dim, c.rope_head_dim, c.v_head_dim
+    K, R, P = c.head_dim, c.rope_dim, c.value_dim
     random = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(0)}
     q = torch.randn(2, c.n_heads, 5, K + R, **random)
-    kv = torch.randn(2, 9, c.kv_lora_rank + R, **random)
-    w_up = torch.randn(c.n_heads, K + W, c.kv_lora_rank, **random)
+    kv = torch.randn(2, 9, c.latent_dim + R, **random)
+    w_up = torch.randn(c.n_heads, K + P, c.latent_dim, **random)
     seen = torch.ones(1, 1, 5, 9, dtype=torch.bool).tril(9 - 5)
     forms = (attend_naive, attend_absorb_k, attend_absorb_kv, attend_latent_cache)
     naive, *others = (form(q, kv, w_up, c.softmax_scale, seen) for form in forms)

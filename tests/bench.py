@@ -60,8 +60,8 @@ STEPS = 5
 ROOM = 1024
 SMOLLM2 = ROOT / "data" / "smollm2"
 # What makes a model wider.
-WIDTHS = {"dim", "head_dim", "ffn_dim", "q_lora_rank", "kv_lora_rank"}
-WIDTHS |= {"nope_head_dim", "rope_head_dim", "v_head_dim"}
+WIDTHS = {"dim", "head_dim", "ffn_dim", "q_latent_dim", "latent_dim"}
+WIDTHS |= {"rope_dim", "value_dim"}
 # A published preset above this is left to machines that have the memory for two.
 LARGEST = 400e6
 

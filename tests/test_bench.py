@@ -113,7 +113,7 @@ def test_the_bytes_of_a_step_by_hand(module):
     if hasattr(config, "n_kv_heads"):
         assert kept == 2 * B * L * S * config.n_kv_heads * config.head_dim
     else:
-        assert kept == B * L * S * (config.kv_lora_rank + config.rope_head_dim)
+        assert kept == B * L * S * (config.latent_dim + config.rope_dim)
     untied = module.Transformer(replace(config, tie_embeddings=False))
     assert bench.bytes_read(untied, cache, S) == 4 * (weights + kept), (
         "an embedding table beside the head is not read through"
@@ -219,8 +219,8 @@ def test_a_real_model_stands_in_where_presets_are_too_large(
 def test_the_wider_tiny_model_has_wider_heads(module):
     config = bench.widened(module.TINY)
     assert config.dim == 3 * module.TINY.dim
-    widths = {"head_dim", "nope_head_dim", "rope_head_dim", "v_head_dim"}
-    widths |= {"q_lora_rank", "kv_lora_rank", "ffn_dim"}
+    widths = {"head_dim", "rope_dim", "value_dim"}
+    widths |= {"q_latent_dim", "latent_dim", "ffn_dim"}
     for name in widths:
         if hasattr(config, name):
             assert getattr(config, name) == 3 * getattr(module.TINY, name), name

@@ -28,7 +28,7 @@ mla = load(CHAPTER)
 STORIES = ROOT / "data" / "stories.txt"
 
 # The sizes of the small model, by the letters of the chapter.
-D, H, Q, C, K, R, W, L, V = 30, 6, 22, 18, 10, 14, 8, 3, 97
+D, H, Q, C, K, R, P, L, V = 30, 6, 22, 18, 10, 14, 8, 3, 97
 FORMS = {
     "absorb k": mla.attend_absorb_k,
     "absorb kv": mla.attend_absorb_kv,
@@ -63,7 +63,7 @@ def hf():
 SIZES = {"vocab_size": V, "hidden_size": D, "intermediate_size": 52}
 SIZES |= {"num_hidden_layers": L, "num_attention_heads": H, "num_key_value_heads": H}
 SIZES |= {"q_lora_rank": Q, "kv_lora_rank": C, "qk_nope_head_dim": K}
-SIZES |= {"qk_rope_head_dim": R, "v_head_dim": W, "max_position_embeddings": 80}
+SIZES |= {"qk_rope_head_dim": R, "v_head_dim": P, "max_position_embeddings": 80}
 SIZES |= {"rms_norm_eps": 1e-6, "first_k_dense_replace": L}
 SIZES |= {"bos_token_id": 95, "eos_token_id": 96, "tie_word_embeddings": False}
 PLAIN = {"rope_type": "default", "rope_theta": 100.0}
@@ -98,20 +98,20 @@ def ours_random(dtype: torch.dtype = torch.float32, **changes):
 
 
 @remember
-def shared(q_lora_rank: int | None = Q, dtype: torch.dtype = torch.float64):
+def shared(q_latent_dim: int | None = Q, dtype: torch.dtype = torch.float64):
     """A random model for tests that leave it as it is; attention far from uniform."""
-    model = ours_random(dtype, q_lora_rank=q_lora_rank)
+    model = ours_random(dtype, q_latent_dim=q_latent_dim)
     with torch.no_grad():
         for block in model.blocks:
             a = block.attention
-            (a.wq if q_lora_rank is None else a.wq_up).weight.mul_(4)
+            (a.wq if q_latent_dim is None else a.wq_up).weight.mul_(4)
     return model
 
 
 @remember
-def their_shared(q_lora_rank: int | None = Q, dtype: torch.dtype = torch.float64):
+def their_shared(q_latent_dim: int | None = Q, dtype: torch.dtype = torch.float64):
     """The same weights in Hugging Face's class."""
-    ours = shared(q_lora_rank, dtype)
+    ours = shared(q_latent_dim, dtype)
     theirs = mla.reference(ours.config, dtype)
     mla.copy_to_reference(ours, theirs)
     return theirs
@@ -148,13 +148,13 @@ def in_chunks(model, tokens, bounds, pad=None):
 
 def operands(sizes: dict, dtype=torch.float64, seed: int = 0):
     """Random q, kv, w_up of the asked sizes, and a scale that spreads the softmax."""
-    B, H, T, S, K, R, C, W = (sizes[letter] for letter in "BHTSKRCW")
+    B, H, T, S, K, R, C, P = (sizes[letter] for letter in "BHTSKRCP")
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    w_up = random(H, K + W, C) / math.sqrt(C)
+    w_up = random(H, K + P, C) / math.sqrt(C)
     return random(B, H, T, K + R), random(B, S, C + R), w_up, 2 / math.sqrt(K + R)
 
 
@@ -194,17 +194,17 @@ def one_by_one(q, kv, w_up, scale, seen):
     return out
 
 
-SMALL = {"B": 2, "H": 3, "T": 4, "S": 7, "K": 5, "R": 6, "C": 8, "W": 9}
+SMALL = {"B": 2, "H": 3, "T": 4, "S": 7, "K": 5, "R": 6, "C": 8, "P": 9}
 CASES = {
     "a prompt": {"S": 4},
     "a step": {"T": 1},
     "the first step": {"T": 1, "S": 1},
     "a chunk": {},
     "one head, one row": {"B": 1, "H": 1},
-    "values wider than keys": {"W": 13},
+    "values wider than keys": {"P": 13},
     # A matrix that is used the wrong way round has the right shape here.
-    "K = C = W": {"K": 8, "W": 8},
-    "K = R = C = W = H": {"H": 6, "K": 6, "R": 6, "C": 6, "W": 6, "S": 6},
+    "K = C = P": {"K": 8, "P": 8},
+    "K = R = C = P = H": {"H": 6, "K": 6, "R": 6, "C": 6, "P": 6, "S": 6},
 }
 MASKS = ["none", "causal", "any", "a row each"]
 
@@ -249,14 +249,14 @@ def test_each_form_equals_a_loop_over_heads_and_queries(case, mask):
     st.tuples(*[st.integers(1, 7)] * 7), st.integers(0, 6), st.sampled_from(MASKS[1:])
 )
 def test_the_forms_agree_at_any_size(form, found, before, mask):
-    sizes = dict(zip("BHTKRCW", found, strict=True))
+    sizes = dict(zip("BHTKRCP", found, strict=True))
     sizes["S"] = sizes["T"] + before
     asked, seen = operands(sizes), mask_of(mask, sizes)
     equal(FORMS[form](*asked, seen), mla.attend_naive(*asked, seen), 1e-10)
 
 
 # At the widths of DeepSeek-V3's heads.
-FULL = {"B": 2, "H": 4, "T": 3, "S": 90, "K": 128, "R": 64, "C": 512, "W": 128}
+FULL = {"B": 2, "H": 4, "T": 3, "S": 90, "K": 128, "R": 64, "C": 512, "P": 128}
 
 
 @pytest.mark.parametrize(
@@ -414,18 +414,18 @@ def counted(attend, sizes: dict) -> int:
 @pytest.mark.parametrize(
     "widths",
     [
-        {"K": 10, "R": 14, "C": 18, "W": 24},
-        {"K": 16, "R": 8, "C": 64, "W": 32},
-        {"K": 3, "R": 2, "C": 5, "W": 6},
-        {"K": 40, "R": 4, "C": 7, "W": 50},
+        {"K": 10, "R": 14, "C": 18, "P": 24},
+        {"K": 16, "R": 8, "C": 64, "P": 32},
+        {"K": 3, "R": 2, "C": 5, "P": 6},
+        {"K": 40, "R": 4, "C": 7, "P": 50},
     ],
     ids=str,
 )
 def test_absorption_pays_where_torch_counts_fewer_operations(widths):
     """Values at least as wide as keys, so that the naive form pads none."""
     config = small(
-        nope_head_dim=widths["K"], rope_head_dim=widths["R"],
-        kv_lora_rank=widths["C"], v_head_dim=widths["W"],
+        head_dim=widths["K"], rope_dim=widths["R"],
+        latent_dim=widths["C"], value_dim=widths["P"],
     )  # fmt: skip
     seen = set()
     for T in (1, 2, 3, 5, 9, 17, 40):
@@ -437,17 +437,17 @@ def test_absorption_pays_where_torch_counts_fewer_operations(widths):
             )
             assert mla.absorption_pays(T, S, config) == (absorbed < naive), (T, S)
             seen.add(absorbed < naive)
-    narrow = 2 * widths["C"] < widths["K"] + widths["W"]
+    narrow = 2 * widths["C"] < widths["K"] + widths["P"]
     assert seen == ({True} if narrow else {True, False})
 
 
-@pytest.mark.parametrize("q_lora_rank", [Q, None])
-def test_the_flops_of_a_step_are_the_formula(q_lora_rank):
+@pytest.mark.parametrize("q_latent_dim", [Q, None])
+def test_the_flops_of_a_step_are_the_formula(q_latent_dim):
     """The cache is read, never expanded: 2·B·L·H·(2C + R) more for each position."""
-    model, B = shared(q_lora_rank, torch.float32), 2
+    model, B = shared(q_latent_dim, torch.float32), 2
     tokens, cache = some_tokens(B, 80), model.new_cache(B, 80)
-    into_q = D * H * (K + R) if q_lora_rank is None else D * Q + Q * H * (K + R)
-    weights = into_q + D * (C + R) + C * H * (K + W) + H * W * D + 3 * D * 52
+    into_q = D * H * (K + R) if q_latent_dim is None else D * Q + Q * H * (K + R)
+    weights = into_q + D * (C + R) + C * H * (K + P) + H * P * D + 3 * D * 52
     with torch.no_grad():
         model(tokens[:, :9], cache)
     for S in range(10, 81):
@@ -556,14 +556,14 @@ def test_nothing_is_stale_after_loading(tmp_path):
 SHAPES = {
     "V3": {},
     "V2": {"model_type": "deepseek_v2"},
-    "V3, queries uncompressed": {"q_lora_rank": None},
-    "V2, queries uncompressed": {"q_lora_rank": None, "model_type": "deepseek_v2"},
+    "V3, queries uncompressed": {"q_latent_dim": None},
+    "V2, queries uncompressed": {"q_latent_dim": None, "model_type": "deepseek_v2"},
     "V3, half-split": {"rope_interleave": False},
     "no YaRN": {"rope_factor": 1.0},
     "another eps": {"norm_eps": 1e-3},
     "tied": {"tie_embeddings": True},
     "one block of one head": {"n_layers": 1, "n_heads": 1},
-    "values wider than keys": {"v_head_dim": 28, "kv_lora_rank": 40},
+    "values wider than keys": {"value_dim": 28, "latent_dim": 40},
 }
 
 
@@ -594,15 +594,15 @@ CLASSES = [("deepseek_v3", True), ("deepseek_v3", False), ("deepseek_v2", True)]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("q_lora_rank", [Q, None])
+@pytest.mark.parametrize("q_latent_dim", [Q, None])
 @pytest.mark.parametrize(("kind", "interleave"), CLASSES)
 @torch.no_grad()
 def test_yarn_queries_and_orders_in_every_combination(
-    hf, tmp_path, kind, interleave, q_lora_rank, variant
+    hf, tmp_path, kind, interleave, q_latent_dim, variant
 ):
     """The whole pass, in ragged chunks, and through a file."""
     ours = ours_random(
-        q_lora_rank=q_lora_rank,
+        q_latent_dim=q_latent_dim,
         model_type=kind,
         rope_interleave=interleave,
         **VARIANTS[variant],
@@ -777,13 +777,13 @@ def rope_config(**changes):
 
 def test_rope_by_hand():
     """Widths 2 and 4: unit vectors become the cosine and the sine of their angle."""
-    two = mla.rope_table(torch.tensor([0, 3]), rope_config(rope_head_dim=2))
+    two = mla.rope_table(torch.tensor([0, 3]), rope_config(rope_dim=2))
     x = torch.tensor([[1.0, 0.0], [1.0, 0.0]])[None, None]
     equal(mla.apply_rope(x, two)[0, 0, 0], torch.tensor([1.0, 0.0]), 0)
     turned = torch.tensor([math.cos(3), math.sin(3)])
     equal(mla.apply_rope(x, two)[0, 0, 1], turned, 1e-6)
     # theta 100: the pair (0, 2) turns by 1 a position, the pair (1, 3) by 1/10.
-    four = mla.rope_table(torch.tensor([5]), rope_config(rope_head_dim=4))
+    four = mla.rope_table(torch.tensor([5]), rope_config(rope_dim=4))
     got = mla.apply_rope(torch.tensor([[[[1.0, 2.0, 0.0, 0.0]]]]), four)[0, 0, 0]
     c, s = [math.cos(5), math.cos(0.5)], [math.sin(5), math.sin(0.5)]
     equal(got, torch.tensor([c[0], 2 * c[1], s[0], 2 * s[1]]), 1e-6)
@@ -849,7 +849,7 @@ def test_the_two_orders_by_hand():
 
 def test_only_the_rotary_rows_are_reordered():
     """Two heads of 3 plain rows and 4 rotary ones; a latent of 5 before 4."""
-    config = small(n_heads=2, nope_head_dim=3, rope_head_dim=4, kv_lora_rank=5)
+    config = small(n_heads=2, head_dim=3, rope_dim=4, latent_dim=5)
 
     def order(name: str, rows: int, config=config, back=False):
         tensor = torch.arange(float(rows))[:, None].expand(rows, 2)
@@ -864,7 +864,7 @@ def test_only_the_rotary_rows_are_reordered():
     assert order("kv_a_proj_with_mqa", 9) == [0, 1, 2, 3, 4, 5, 7, 6, 8]
     for name in ("q_a_proj", "kv_b_proj", "o_proj"):
         assert order(name, 14) == list(range(14))
-    wider = replace(config, rope_head_dim=6)
+    wider = replace(config, rope_dim=6)
     assert order("kv_a_proj_with_mqa", 11, wider)[5:] == [5, 7, 9, 6, 8, 10]
     assert order("kv_a_proj_with_mqa", 11, wider, True)[5:] == [5, 8, 6, 9, 7, 10]
     half = replace(config, rope_interleave=False)
@@ -902,11 +902,11 @@ def rms_normed(x, weight):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
-@pytest.mark.parametrize("q_lora_rank", [Q, None])
+@pytest.mark.parametrize("q_latent_dim", [Q, None])
 @torch.no_grad()
-def test_it_holds_the_normed_latent_and_the_rotated_key(q_lora_rank):
+def test_it_holds_the_normed_latent_and_the_rotated_key(q_latent_dim):
     """Computed here from what goes into each block; rotated as complex numbers."""
-    model, tokens = shared(q_lora_rank), some_tokens(2, 40)
+    model, tokens = shared(q_latent_dim), some_tokens(2, 40)
     _, cache = in_chunks(model, tokens, [0, 17, 18, 40])
     into = mla.watch(model, [f"blocks.{i}:in" for i in range(L)], tokens=tokens)
     angle = torch.arange(40.0)[:, None] * mla.rope_frequencies(model.config, "cpu")
@@ -924,13 +924,13 @@ def test_it_holds_the_normed_latent_and_the_rotated_key(q_lora_rank):
 
 
 @pytest.mark.parametrize("cache_kind", ["DynamicCache", "StaticCache"])
-@pytest.mark.parametrize("q_lora_rank", [Q, None])
+@pytest.mark.parametrize("q_latent_dim", [Q, None])
 @pytest.mark.parametrize(("kind", "interleave"), CLASSES)
 @torch.no_grad()
-def test_the_cache_equals_hugging_faces(hf, kind, interleave, q_lora_rank, cache_kind):
+def test_the_cache_equals_hugging_faces(hf, kind, interleave, q_latent_dim, cache_kind):
     """Theirs too holds the latent and the key; V2's has its pairs side by side."""
     changes = {"model_type": kind, "rope_interleave": interleave}
-    ours = ours_random(q_lora_rank=q_lora_rank, **changes)
+    ours = ours_random(q_latent_dim=q_latent_dim, **changes)
     theirs = mla.reference(ours.config)
     mla.copy_to_reference(ours, theirs)
     tokens = some_tokens(2, 60)
@@ -981,8 +981,8 @@ def test_its_bytes_at_full_size(name, numbers):
 @example(list(range(61)), Q)  # one by one
 @example([0, 59, 60], None)
 @example([0, 1, 60], Q)
-def test_any_chunks_give_the_full_pass(bounds, q_lora_rank):
-    model, tokens = shared(q_lora_rank), some_tokens(2, 60)
+def test_any_chunks_give_the_full_pass(bounds, q_latent_dim):
+    model, tokens = shared(q_latent_dim), some_tokens(2, 60)
     with torch.no_grad():
         equal(in_chunks(model, tokens, bounds)[0], model(tokens), 1e-10)
 
@@ -996,8 +996,8 @@ def test_any_chunks_give_the_full_pass(bounds, q_lora_rank):
 @example([0, 4, 60], Q, [6, 0, 3])  # a whole chunk of nothing but padding
 @example([0, 60], None, [59, 0, 1])
 @example(list(range(61)), Q, [3, 0, 7])
-def test_any_chunks_of_padded_rows_give_each_row_alone(bounds, q_lora_rank, pads):
-    model, tokens = shared(q_lora_rank), some_tokens(3, 60)
+def test_any_chunks_of_padded_rows_give_each_row_alone(bounds, q_latent_dim, pads):
+    model, tokens = shared(q_latent_dim), some_tokens(3, 60)
     logits, _ = in_chunks(model, tokens, bounds, torch.tensor(pads))
     assert logits.isfinite().all()
     with torch.no_grad():
@@ -1323,12 +1323,12 @@ def test_a_published_config_has_experts_and_is_for_chapter_6(name, tmp_path):
 
 def whole(c) -> int:
     """The parameters of a model, counted matrix by matrix."""
-    d, q, h = c.dim, c.q_lora_rank, c.n_heads
-    head = c.nope_head_dim + c.rope_head_dim
+    d, q, h = c.dim, c.q_latent_dim, c.n_heads
+    head = c.head_dim + c.rope_dim
     into_q = d * h * head if q is None else d * q + q + q * h * head
-    latent = d * (c.kv_lora_rank + c.rope_head_dim) + c.kv_lora_rank
-    expanded = c.kv_lora_rank * h * (c.nope_head_dim + c.v_head_dim)
-    attention = into_q + latent + expanded + h * c.v_head_dim * d
+    latent = d * (c.latent_dim + c.rope_dim) + c.latent_dim
+    expanded = c.latent_dim * h * (c.head_dim + c.value_dim)
+    attention = into_q + latent + expanded + h * c.value_dim * d
     tables = (1 if c.tie_embeddings else 2) * c.vocab_size * d
     return tables + d + c.n_layers * (attention + 3 * d * c.ffn_dim + 2 * d)
 
@@ -1361,7 +1361,7 @@ def test_presets_have_these_parameters(hf, name, attention, layer, count):
         assert tuple(ours.get_parameter(part).shape) == shapes[theirs_name]
 
 
-@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"n_heads": 2}])
+@pytest.mark.parametrize("changes", [{}, {"q_latent_dim": None}, {"n_heads": 2}])
 def test_the_count_of_a_small_model(changes):
     model = ours_random(**changes)
     assert sum(p.numel() for p in model.parameters()) == whole(model.config)
@@ -1432,7 +1432,7 @@ def test_what_a_scaling_leaves_out_is_yarns_default(hf):
     "changes",
     [
         {},
-        {"model_type": "deepseek_v2", "q_lora_rank": None},
+        {"model_type": "deepseek_v2", "q_latent_dim": None},
         {"rope_interleave": False},
         {"rope_factor": 1.0, "rope_original_len": 4096, "rope_mscale": 0.0}
         | {"rope_mscale_all_dim": 0.0, "rope_beta_fast": 32.0, "rope_beta_slow": 1.0},
@@ -1490,9 +1490,9 @@ REFUSED = {
         {"v_head_dim": ..., "qk_nope_head_dim": ...},
         "lacks v_head_dim, qk_nope_head_dim",
     ),
-    "odd rotary width": ({"qk_rope_head_dim": 13}, "rope_head_dim is 13"),
-    "a latent of 0": ({"kv_lora_rank": 0}, "kv_lora_rank is 0"),
-    "queries' latent of 0": ({"q_lora_rank": 0}, "q_lora_rank is 0"),
+    "odd rotary width": ({"qk_rope_head_dim": 13}, "rope_dim is 13"),
+    "a latent of 0": ({"kv_lora_rank": 0}, "latent_dim is 0"),
+    "queries' latent of 0": ({"q_lora_rank": 0}, "q_latent_dim is 0"),
     "heads of text": ({"num_attention_heads": "six"}, "six"),
     "layers of text": ({"num_hidden_layers": "three"}, ""),
     "dense layers of text": ({"first_k_dense_replace": "all"}, ""),
@@ -1517,11 +1517,11 @@ def test_a_config_that_is_not_deepseeks_is_refused(tmp_path, case):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"rope_head_dim": 13}, "rope_head_dim is 13"),
-        ({"nope_head_dim": 0}, "nope_head_dim is 0"),
-        ({"v_head_dim": -1}, "v_head_dim is -1"),
-        ({"kv_lora_rank": 1.5}, "kv_lora_rank is 1.5"),
-        ({"q_lora_rank": 0}, "q_lora_rank is 0"),
+        ({"rope_dim": 13}, "rope_dim is 13"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"value_dim": -1}, "value_dim is -1"),
+        ({"latent_dim": 1.5}, "latent_dim is 1.5"),
+        ({"q_latent_dim": 0}, "q_latent_dim is 0"),
         ({"n_layers": 0}, "n_layers is 0"),
         ({"rope_theta": 0.0}, "rope_theta is 0.0"),
         ({"rope_factor": 0.9}, "0.9"),
@@ -1531,7 +1531,7 @@ def test_a_config_that_is_not_deepseeks_is_refused(tmp_path, case):
         ({"rope_mscale": -0.1}, "rope_mscale is -0.1"),
         ({"rope_mscale_all_dim": math.nan}, "rope_mscale_all_dim is nan"),
         ({"rope_original_len": 0}, "rope_original_len is 0"),
-        ({"model_type": "deepseek"}, "'deepseek'.*deepseek_v2, deepseek_v3"),
+        ({"model_type": "deepseek"}, "'deepseek'.*deepseek_v2.*deepseek_v3"),
         ({"model_type": "deepseek_v2", "rope_interleave": False}, "interleaved"),
     ],
     ids=str,
@@ -1738,9 +1738,9 @@ def test_initialisation():
     assert len(drawn["plain"]) == 2 + 6 * layers
 
 
-@pytest.mark.parametrize("q_lora_rank", [Q, None])
-def test_gradients_reach_every_parameter(q_lora_rank):
-    model = ours_random(q_lora_rank=q_lora_rank).train()
+@pytest.mark.parametrize("q_latent_dim", [Q, None])
+def test_gradients_reach_every_parameter(q_latent_dim):
+    model = ours_random(q_latent_dim=q_latent_dim).train()
     mla.loss(model, some_tokens(2, 80)).backward()
     for name, parameter in model.named_parameters():
         size = parameter.grad.abs().amax(-1)
@@ -1750,12 +1750,12 @@ def test_gradients_reach_every_parameter(q_lora_rank):
     assert (model.embed.weight.grad[used].abs().amax(-1) > 1e-7).all()
 
 
-@pytest.mark.parametrize("q_lora_rank", [Q, None])
+@pytest.mark.parametrize("q_latent_dim", [Q, None])
 @pytest.mark.parametrize(("kind", "interleave"), CLASSES)
-def test_gradients_equal_hugging_faces(hf, kind, interleave, q_lora_rank):
+def test_gradients_equal_hugging_faces(hf, kind, interleave, q_latent_dim):
     """Every one, in training mode, in the order of their rows."""
     changes = {"model_type": kind, "rope_interleave": interleave}
-    ours = ours_random(q_lora_rank=q_lora_rank, **changes).train()
+    ours = ours_random(q_latent_dim=q_latent_dim, **changes).train()
     theirs, tokens = mla.reference(ours.config).train(), some_tokens(2, 60)
     mla.copy_to_reference(ours, theirs)
     mla.loss(ours, tokens).backward()
@@ -1800,13 +1800,13 @@ def their_greedy(theirs, tokens, n, mask=None, stop=None):
     )
 
 
-@pytest.mark.parametrize("q_lora_rank", [Q, None])
+@pytest.mark.parametrize("q_latent_dim", [Q, None])
 @torch.no_grad()
-def test_greedy_generation_equals_hugging_faces(hf, q_lora_rank):
-    ours, tokens = shared(q_lora_rank), some_tokens(3, 8)
+def test_greedy_generation_equals_hugging_faces(hf, q_latent_dim):
+    ours, tokens = shared(q_latent_dim), some_tokens(3, 8)
     mine = mla.generate(ours, tokens, 72)  # to the last place of the context
     assert mine.shape == (3, 80)
-    assert torch.equal(mine, their_greedy(their_shared(q_lora_rank), tokens, 72))
+    assert torch.equal(mine, their_greedy(their_shared(q_latent_dim), tokens, 72))
     assert len(set(mine[:, 8:].flatten().tolist())) > 5, "a dull continuation"
     assert torch.equal(ours(mine)[:, 7:-1].argmax(-1), mine[:, 8:])  # without a cache
 
@@ -1821,9 +1821,9 @@ def test_greedy_generation_of_a_v2_model_equals_hugging_faces(hf):
     assert torch.equal(mla.generate(ours, tokens, 72), their_greedy(theirs, tokens, 72))
 
 
-@pytest.mark.parametrize("q_lora_rank", [Q, None])
-def test_prompts_of_different_lengths_are_continued_as_each_alone(hf, q_lora_rank):
-    ours, theirs = shared(q_lora_rank), their_shared(q_lora_rank)
+@pytest.mark.parametrize("q_latent_dim", [Q, None])
+def test_prompts_of_different_lengths_are_continued_as_each_alone(hf, q_latent_dim):
+    ours, theirs = shared(q_latent_dim), their_shared(q_latent_dim)
     rows = [some_tokens(1, n, seed=n)[0].tolist() for n in (4, 9, 7, 1)]
     pad = torch.tensor([9 - len(row) for row in rows])
     tokens = torch.tensor([[0] * (9 - len(row)) + row for row in rows])
@@ -1889,11 +1889,11 @@ MINI = mla.Config(
     dim=16,
     n_layers=2,
     n_heads=4,
-    q_lora_rank=12,
-    kv_lora_rank=10,
-    nope_head_dim=6,
-    rope_head_dim=4,
-    v_head_dim=5,
+    q_latent_dim=12,
+    latent_dim=10,
+    head_dim=6,
+    rope_dim=4,
+    value_dim=5,
     ffn_dim=32,
     rope_theta=100.0,
     eos_id=256,
@@ -2148,7 +2148,7 @@ def spoilt(folder: Path, damage) -> Path:
 def of_chapter_four(folder: Path) -> None:
     """Its config has key/value heads, and no latent."""
     state = torch.load(folder / "checkpoint.pt")
-    del state["config"]["kv_lora_rank"]
+    del state["config"]["latent_dim"]
     state["config"]["n_kv_heads"] = 2
     torch.save(state, folder / "checkpoint.pt")
 
@@ -2178,7 +2178,7 @@ MISTAKES = {
         lambda d: [*GENERATE, amended(d, rope_scaling={"rope_type": "linear"})],
         "linear",
     ),
-    "no latent": (lambda d: [*GENERATE, amended(d, kv_lora_rank=0)], "kv_lora_rank"),
+    "no latent": (lambda d: [*GENERATE, amended(d, kv_lora_rank=0)], "latent_dim"),
     "another latent": (
         lambda d: [*GENERATE, amended(d, kv_lora_rank=9)],
         "kv_a.*14, 16.*13, 16|kv_b.*44, 10.*44, 9",
@@ -2320,8 +2320,8 @@ def speed_pair(hf):
     """Both sides at a size where the matrices count."""
     config = mla.Config(
         vocab_size=1025, max_seq_len=1024, dim=256, n_layers=4, n_heads=8,
-        q_lora_rank=96, kv_lora_rank=64, nope_head_dim=32, rope_head_dim=16,
-        v_head_dim=32, ffn_dim=704,
+        q_latent_dim=96, latent_dim=64, head_dim=32, rope_dim=16,
+        value_dim=32, ffn_dim=704,
     )  # fmt: skip
     return mla.Transformer(config), mla.reference(config)
 

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent / "studies"))
 import mla_decode as study  # noqa: E402
 
 module = study.module
-# W = K + R, so that no value is padded: the counter would count the zeros too.
+# P = K + R, so that no value is padded: the counter would count the zeros too.
 EVEN = replace(
     study.quick().config,
-    **{"n_layers": 1, "dim": 20, "n_heads": 3, "kv_lora_rank": 14},
-    **{"nope_head_dim": 10, "rope_head_dim": 6, "v_head_dim": 16},
+    **{"n_layers": 1, "dim": 20, "n_heads": 3, "latent_dim": 14},
+    **{"head_dim": 10, "rope_dim": 6, "value_dim": 16},
 )
 
 
@@ -43,7 +43,7 @@ def recorded():
 @pytest.mark.parametrize(("B", "T", "S"), [(1, 1, 9), (2, 1, 30), (2, 5, 12)])
 @pytest.mark.parametrize("form", study.FORMS)
 def test_operations_are_those_that_torch_counts(form, B, T, S, rank):
-    config = replace(EVEN, q_lora_rank=rank)
+    config = replace(EVEN, q_latent_dim=rank)
     with torch.device("meta"):
         attention = module.Transformer(config).blocks[0].attention
         cache = module.LayerCache(torch.zeros(B, S, 14 + 6))
@@ -66,7 +66,7 @@ def test_bytes_are_weights_cache_and_what_is_expanded():
         study.cost(EVEN, form, 2, 1, 9)["bytes"] for form in ("absorbed", "naive")
     )
     assert absorbed == weights + cache.nbytes
-    expanded = 2 * 9 * 3 * (10 + 6 + 16) * 4  # B, S, H, K + R + W
+    expanded = 2 * 9 * 3 * (10 + 6 + 16) * 4  # B, S, H, K + R + P
     assert naive == absorbed + 2 * expanded
 
 

@@ -17,8 +17,8 @@ SIZES["rope_factor"] = 8.0
 # With grouped heads H/G must be whole, and K is free of D where it has its own field.
 GROUPED = {"dim": 60, "n_heads": 10, "n_kv_heads": 5}
 # Plain and rotary width of a head, latents, values: their sums differ from these too.
-LATENT = {"nope_head_dim": 10, "rope_head_dim": 26, "v_head_dim": 17}
-LATENT |= {"kv_lora_rank": 19, "q_lora_rank": 23}
+LATENT = {"head_dim": 10, "rope_dim": 26, "value_dim": 17}
+LATENT |= {"latent_dim": 19, "q_latent_dim": 23}
 LETTERS = {
     "D": "dim",
     "H": "n_heads",
@@ -28,10 +28,10 @@ LETTERS = {
     "V": "vocab_size",
     "E": "n_experts",
     "A": "n_active",
-    "C": "kv_lora_rank",
-    "Q": "q_lora_rank",
-    "R": "rope_head_dim",
-    "W": "v_head_dim",
+    "C": "latent_dim",
+    "Q": "q_latent_dim",
+    "R": "rope_dim",
+    "P": "value_dim",
 }
 B, T, N = 3, 7, 11
 
@@ -54,7 +54,7 @@ def letters_of(config):
     """The letters that a configuration fixes, by STYLE's names."""
     known = {k: getattr(config, name, None) for k, name in LETTERS.items()}
     known = {k: size for k, size in known.items() if isinstance(size, int)}
-    plain = getattr(config, "nope_head_dim", config.dim // config.n_heads)
+    plain = getattr(config, "head_dim", config.dim // config.n_heads)
     known.setdefault("K", plain)
     return known
 
@@ -62,8 +62,8 @@ def letters_of(config):
 def variants(config):
     """The configuration, and those that lead to lines it does not reach."""
     yield config
-    if getattr(config, "q_lora_rank", None) is not None:
-        yield dataclasses.replace(config, q_lora_rank=None)
+    if getattr(config, "q_latent_dim", None) is not None:
+        yield dataclasses.replace(config, q_latent_dim=None)
 
 
 def call(function, *args, **options):
@@ -109,9 +109,9 @@ def exercise(names, config):
 
 def exercise_attention(attend, config):
     """One of several forms of attention, some of which no model takes."""
-    K, W, R = config.nope_head_dim, config.v_head_dim, config.rope_head_dim
-    w_up = torch.randn(config.n_heads, K + W, config.kv_lora_rank)
-    kv = torch.randn(B, N, config.kv_lora_rank + R)
+    K, P, R = config.head_dim, config.value_dim, config.rope_dim
+    w_up = torch.randn(config.n_heads, K + P, config.latent_dim)
+    kv = torch.randn(B, N, config.latent_dim + R)
     for rows in (1, B):
         for queries in (1, T, N):
             q = torch.randn(B, config.n_heads, queries, K + R)

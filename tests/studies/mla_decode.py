@@ -5,7 +5,7 @@
     python tests/studies/mla_decode.py --quick    a small version, in seconds
 
 New tokens attend to those in the cache, in a model with the attention of DeepSeek-V2-
-Lite (D 2048, H 16, C 512, K and W 128, R 64), two layers of it and next to nothing
+Lite (D 2048, H 16, C 512, K and P 128, R 64), two layers of it and next to nothing
 else. Three ways take turns in one process:
 
     naive      chapter 5's `attend_naive`: every cached latent is expanded to keys and
@@ -78,9 +78,9 @@ def full() -> Sizes:
 
 def quick() -> Sizes:
     """The same in seconds; its times mean nothing."""
-    small = replace(full().config, dim=32, n_heads=2, kv_lora_rank=24, rope_head_dim=8)
+    small = replace(full().config, dim=32, n_heads=2, latent_dim=24, rope_dim=8)
     return Sizes(
-        config=replace(small, nope_head_dim=8, v_head_dim=16),
+        config=replace(small, head_dim=8, value_dim=16),
         steps=((1, 8), (2, 8)),
         chunks=((1, 32),),
         new=(1, 2, 64),
@@ -95,17 +95,17 @@ def quick() -> Sizes:
 
 def cost(config: Any, form: str, B: int, T: int, S: int) -> dict[str, int]:
     """Operations and bytes of a layer's attention: B rows, T new tokens, S in all."""
-    D, H, Q = config.dim, config.n_heads, config.q_lora_rank
-    C, K = config.kv_lora_rank, config.nope_head_dim
-    R, W = config.rope_head_dim, config.v_head_dim
+    D, H, Q = config.dim, config.n_heads, config.q_latent_dim
+    C, K = config.latent_dim, config.head_dim
+    R, P = config.rope_dim, config.value_dim
     queries = D * H * (K + R) if Q is None else D * Q + Q * H * (K + R)
-    shared = queries + D * (C + R) + H * W * D
-    up = C * H * (K + W)
+    shared = queries + D * (C + R) + H * P * D
+    up = C * H * (K + P)
     products = B * T * shared
     numbers = shared + up + B * S * (C + R)
     if form == "naive":
-        products += B * S * up + B * T * S * H * (K + R + W)
-        numbers += 2 * B * S * H * (K + R + W)
+        products += B * S * up + B * T * S * H * (K + R + P)
+        numbers += 2 * B * S * H * (K + R + P)
     else:
         products += B * T * up + B * T * S * H * (C + R + C)
     return {"flops": 2 * products, "bytes": 4 * numbers}
@@ -147,7 +147,7 @@ class Bench:
 
     def kept(self, B: int, S: int) -> list[Tensor]:
         """Random latents and rotary keys of S tokens for each layer, (B, S, C + R)."""
-        width = self.config.kv_lora_rank + self.config.rope_head_dim
+        width = self.config.latent_dim + self.config.rope_dim
         generator = torch.Generator().manual_seed(0)
         shape = (self.config.n_layers, B, S, width)
         return list(torch.randn(shape, generator=generator))
@@ -174,7 +174,7 @@ class Bench:
         """The same pass by Hugging Face's model with its DynamicCache."""
         from transformers import DynamicCache
 
-        C, R = self.config.kv_lora_rank, self.config.rope_head_dim
+        C, R = self.config.latent_dim, self.config.rope_dim
         cache = DynamicCache(config=self.theirs.config)
         for i, kept in enumerate(self.kept(B, S)):
             latent, rotary = kept[:, None].split([C, R], dim=3)  # (B, 1, S, C) and R
