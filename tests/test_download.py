@@ -66,7 +66,8 @@ class FakeHub(ThreadingHTTPServer):
         self.cuts: dict[str, list[int]] = {}
         self.fail: dict[str, tuple[int, dict]] = {}
         self.redirect: str | None = None
-        self.ranges, self.stall, self.sent = True, False, threading.Event()
+        self.ranges, self.stall = True, False
+        self.sent, self.released = threading.Event(), threading.Event()
         self.log: list[tuple[str, str | None, str | None]] = []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -146,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         hub.sent.set()
         if hub.stall:
-            time.sleep(30)
+            hub.released.wait(30)
         self.close_connection = True
 
 
@@ -541,10 +542,13 @@ def test_control_c_then_resumed(tmp_path, hub):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    # What still waits for the rest of the file gets an answer that ends it.
+    hub.fail["model.safetensors"] = (404, {"X-Error-Code": "EntryNotFound"})
+    hub.released.set()
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err == "stopped; the same command takes it up again\n"
-    hub.cuts, hub.stall = {}, False
+    hub.cuts, hub.fail, hub.stall = {}, {}, False
     hub.log.clear()
     assert fetch(tmp_path, hub).returncode == 0
     assert hub.ranges_of("model.safetensors")[0].startswith("bytes=")
