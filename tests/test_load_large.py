@@ -190,7 +190,8 @@ def test_both_sides_and_both_formats_agree(tiny):
 def test_the_numbers_of_status_are_bytes():
     # In a process of its own: what earlier tests leave may be given back meanwhile.
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(study.__file__).parent)!r}); import load_large as study;"
+        f"import sys; sys.path.insert(0, {str(Path(study.__file__).parent)!r});"
+        "import load_large as study;"
         "before = study.status('VmRSS'); block = bytearray(b'x') * 2**28;"
         "print(study.status('VmRSS') - before)"
     )
