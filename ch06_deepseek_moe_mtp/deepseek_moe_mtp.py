@@ -725,6 +725,7 @@ class FeedForward(nn.Module):
         self.w_gate = nn.Linear(config.dim, width, bias=False)
         self.w_up = nn.Linear(config.dim, width, bias=False)
         self.w_down = nn.Linear(width, config.dim, bias=False)
+        self.F = width
 
     def forward(self, x: Tensor, routed: list[Routing] | None = None) -> Tensor:
         up = F.silu(self.w_gate(x)) * self.w_up(x)  # (B, T, F)
@@ -774,8 +775,8 @@ class Router(nn.Module):
         c, is_v3 = self.config, self.config.model_type == "deepseek_v3"
         if is_v3:
             scores = scores + self.bias
-        if c.n_groups > 1:
-            grouped = scores.unflatten(2, (c.n_groups, -1))  # (B, T, groups, E/groups)
+        if (groups := c.n_groups) > 1:
+            grouped = scores.unflatten(2, (groups, -1))  # (B, T, groups, E/groups)
             best = grouped.topk(2 if is_v3 else 1).values.sum(dim=3)  # (B, T, groups)
             kept = best.topk(c.n_active_groups).indices
             left = torch.ones_like(best, dtype=torch.bool).scatter(2, kept, False)
@@ -797,7 +798,7 @@ class Router(nn.Module):
         share = scores / scores.sum(dim=2, keepdim=True)  # (B, T, E)
         counts = torch.zeros_like(share).scatter(2, chosen, 1.0)  # (B, T, E)
         over = 1 if c.balance_per_sequence else (0, 1)
-        f = counts.mean(dim=over) * (c.n_experts / c.n_active)  # (B, E) or (E,)
+        f = counts.mean(dim=over) * (c.n_experts / c.n_active)  # (..., E)
         return c.balance_loss * (f * share.mean(dim=over)).sum(dim=-1).mean()
 
     def count(self, routing: Routing) -> None:
@@ -841,9 +842,9 @@ class Experts(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        E, D, F_ = config.n_experts, config.dim, config.expert_ffn_dim
-        self.w_gate_up = nn.Parameter(torch.empty(E, 2, F_, D))
-        self.w_down = nn.Parameter(torch.empty(E, D, F_))
+        self.E, self.F, D = config.n_experts, config.expert_ffn_dim, config.dim
+        self.w_gate_up = nn.Parameter(torch.empty(self.E, 2, self.F, D))
+        self.w_down = nn.Parameter(torch.empty(self.E, D, self.F))
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Σ_i weight_i · FFN_i(x) over the chosen: (N, D), (N, A), (N, A) to (N, D).
@@ -851,15 +852,15 @@ class Experts(nn.Module):
         Pairs of token and expert are sorted by expert, so that each expert's rows lie
         together and one grouped product serves all; none is dropped.
         """
-        A, E = chosen.shape[1], len(self.w_down)
+        N, A = chosen.shape
         order = chosen.flatten().argsort(stable=True)  # (N·A,)
-        count = chosen.flatten().bincount(minlength=E)  # (E,)
+        count = chosen.flatten().bincount(minlength=self.E)  # (E,)
         up = grouped_linear(x[order // A], self.w_gate_up.flatten(1, 2), count)
-        gate, up = up.chunk(2, dim=1)  # (N·A, F), (N·A, F)
+        gate, up = up.chunk(2, dim=1)  # (N·A, F)
         out = grouped_linear(F.silu(gate) * up, self.w_down, count)  # (N·A, D)
         back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        out = out[back].unflatten(0, (-1, A))  # (N, A, D)
+        back[order] = torch.arange(N * A, device=order.device)
+        out = out[back].unflatten(0, (N, A))  # (N, A, D)
         return (out * weights[:, :, None]).sum(dim=1).type_as(x)  # (N, D)
 
     def one_by_one(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -1105,8 +1106,8 @@ class Transformer(nn.Module):
         position, seen = positions_and_mask(tokens, cache)
         rope = rope_table(position, self.config)  # (..., T, R/2)
         layer = None if cache is None else cache.layers[0]
-        module, embedded = self.mtp[depth], self.embed(tokens)  # (B, T, D)
-        hidden = module(hidden, embedded, rope, seen, layer, routed)
+        embedded = self.embed(tokens)  # (B, T, D)
+        hidden = self.mtp[depth](hidden, embedded, rope, seen, layer, routed)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return hidden
@@ -2325,13 +2326,13 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
     if not model.training:
         logits = model(tokens)  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-    logits, ahead, routed = model(tokens, detail=True)  # (B, T, V)
-    total = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-    for k, logits in enumerate(ahead):
+    out = model(tokens, detail=True)
+    total = F.cross_entropy(out.logits.flatten(0, 1), batch[:, 1:].flatten())
+    for k, logits in enumerate(out.ahead):
         targets = batch[:, 2 + k :].flatten()
         depth = F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
         total = total + model.mtp_weight / M * depth / tokens.numel()
-    for router, routing in zip(model.routers(), routed, strict=True):
+    for router, routing in zip(model.routers(), out.routed, strict=True):
         router.count(routing)
         total = total + router.balance_loss(routing)
     return total

@@ -19,6 +19,7 @@ GROUPED = {"dim": 60, "n_heads": 10, "n_kv_heads": 5}
 # Plain and rotary width of a head, latents, values: their sums differ from these too.
 LATENT = {"head_dim": 10, "rope_dim": 26, "value_dim": 17}
 LATENT |= {"latent_dim": 19, "q_latent_dim": 23}
+EXPERTS = {"n_experts": 12, "n_active": 8, "n_shared": 2, "expert_ffn_dim": 44}
 LETTERS = {
     "D": "dim",
     "H": "n_heads",
@@ -40,7 +41,9 @@ def small_config(module):
     """The chapter's TINY with distinct sizes."""
     tiny = module.TINY
     fields = {f.name for f in dataclasses.fields(tiny)}
-    sizes = {**SIZES, **LATENT, **(GROUPED if "n_kv_heads" in fields else {})}
+    sizes = {**SIZES, **LATENT, **EXPERTS}
+    if "n_kv_heads" in fields:
+        sizes |= GROUPED
     if getattr(tiny, "head_dim", None) is not None and "head_dim" in fields:
         sizes["head_dim"] = 14
     for name, size in (("pad_id", 96), ("bos_id", 95), ("eos_id", 94)):
@@ -64,6 +67,9 @@ def variants(config):
     yield config
     if getattr(config, "q_latent_dim", None) is not None:
         yield dataclasses.replace(config, q_latent_dim=None)
+    if hasattr(config, "n_groups"):
+        groups = {"n_groups": 4, "n_active_groups": 3, "n_mtp": 2}
+        yield dataclasses.replace(config, **groups)
 
 
 def call(function, *args, **options):
@@ -105,6 +111,7 @@ def exercise(names, config):
         model.predict_ahead(batch)
     if "speculate" in names:
         names["speculate"](model, batch[:1], 9)
+        names["speculate"](model, batch[:1], 9, temperature=0.8, top_k=13)
 
 
 def exercise_attention(attend, config):
