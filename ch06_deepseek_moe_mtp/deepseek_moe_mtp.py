@@ -881,6 +881,10 @@ def grouped_linear(x: Tensor, weight: Tensor, count: Tensor) -> Tensor:
 
     `weight` is (E, F, D). In one call of torch's grouped product where it runs.
     """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):  # which knows products of two matrices only
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight = x.to(dtype), weight.to(dtype)
     if has_grouped_mm(x, weight):
         ends = count.cumsum(0).to(torch.int32)
         return F.grouped_mm(x, weight.mT, offs=ends)
@@ -1544,16 +1548,15 @@ def speculate(
     cache, drafter = model.new_cache(1, end), Drafter(model, end)
     fed, q, known = tokens, [], tokens
     while known.shape[1] < end:
-        hidden = model.hidden(fed, cache)  # (1, 1 + drafts, D); at first (1, T, D)
+        hidden = model.hidden(fed, cache)
         p = chances(model.head(hidden[0, -1 - len(q) :]))
         new = accept(p, q, fed[0, fed.shape[1] - len(q) :], generator)
         stats.passes += 1
         stats.drafted += len(q)
         stats.accepted += len(new) - 1
-        ends = [i for i, token in enumerate(new) if token in stop]
-        known = torch.cat(
-            [known, tokens.new_tensor([new[: ends[0] + 1 if ends else None]])], 1
-        )
+        if ends := [i for i, token in enumerate(new) if token in stop]:
+            new = new[: ends[0] + 1]
+        known = torch.cat([known, tokens.new_tensor([new])], dim=1)
         if ends:
             break
         cache.truncate(known.shape[1] - 1)  # drafts that were not accepted
@@ -1620,17 +1623,18 @@ class Drafter:
         n, tokens, q = known.shape[1] - 1, known, []
         for k, cache in enumerate(self.caches[: max(0, most)]):
             if k in self.carried:
-                hidden = torch.cat([self.carried[k], hidden], dim=1)  # (1, T, D)
+                hidden = torch.cat([self.carried[k], hidden], dim=1)
             start = cache.length  # the place of hidden[:, 0]; the last is n - 1
-            next_ = tokens[:, start + k + 1 : n + k + 1]  # (1, T)
-            deeper = self.model.hidden_ahead(k, hidden, next_, cache)  # (1, T, D)
+            further_on = tokens[:, start + k + 1 : n + k + 1]
+            deeper = self.model.hidden_ahead(k, hidden, further_on, cache)
             cache.truncate(max(0, n - k))
             if k:
                 settled = slice(cache.length - start, self.caches[k - 1].length - start)
                 self.carried[k] = hidden[:, settled]
-            q.append(chances(self.model.head(deeper[:, -1])))  # (1, V)
-            token = torch.multinomial(q[-1], 1, generator=generator)  # (1, 1)
+            p = chances(self.model.head(deeper[:, -1]))  # (1, V)
+            token = torch.multinomial(p, 1, generator=generator)  # (1, 1)
             tokens, hidden = torch.cat([tokens, token], dim=1), deeper
+            q.append(p)
         return tokens[:, n + 1 :], q
 
 
