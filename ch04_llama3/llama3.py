@@ -2075,7 +2075,7 @@ def resume(args: argparse.Namespace) -> tuple[dict, Config, Recipe, Tokenizer]:
     if not checkpoint.exists():
         raise FileNotFoundError(f"nothing to resume: no {checkpoint}")
     state, asked = read_torch(checkpoint), asked_settings(args)
-    kinds = ("preset", "recipe", "tokenizer", "init", "n_kv_heads")
+    kinds = ("preset", "recipe", "tokenizer", "init", "n_kv_heads", "n_mtp")
     fixed = {kind for kind in kinds if getattr(args, kind, None) is not None}
     if extra := asked.keys() - {"steps"} | fixed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(extra))

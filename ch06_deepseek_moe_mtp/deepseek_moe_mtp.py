@@ -30,14 +30,14 @@ Lineage: from ch05_deepseek_mla/deepseek_mla.py
         Transformer.forward Transformer.save_pretrained HF_MODULES HF_NAMES REDUNDANT
         canonical hf_names export_tensors load_tensors compare fill sample stream
         read_config make_optimizer loss small_config reference randomise verify
-        copy_to_reference demo
+        copy_to_reference choose run_generate demo add_train add_generate
     new: CONFIG_SIZES CONFIG_COUNTS CONFIG_NUMBERS check_groups DEEPSEEK_V3 DEEPSEEK_V2
         DEEPSEEK_V2_LITE Routing Router Experts grouped_linear has_grouped_mm Mixture
         MTPModule Outputs Transformer.hidden_ahead Transformer.predict_ahead
         Transformer.routers Transformer.balance MOE place find mtp_copies distribution
         check_request Speculation speculate accept Drafter HF_NEEDED_BY_EXPERTS HF_USUAL
         HF_ROUTERS tensor_names MTP_EARLY after_step reference_ahead rename_mtp
-        stack_experts mtp_tensors loads parameter_counts
+        stack_experts mtp_tensors run_speculate loads parameter_counts
     dropped: MLA_V3 MLA_V2_LITE
 """
 
@@ -2994,6 +2994,10 @@ def choose(args: argparse.Namespace) -> tuple[Config, Recipe, Tokenizer]:
         config = presets()[args.preset or "TINY"]
         config = replace(config, vocab_size=tokenizer.vocab_size)
         config = replace(config, bos_id=None, eos_id=tokenizer.eos_id)
+    if args.n_mtp is not None:
+        if args.init is not None:
+            raise ValueError("--n-mtp is for a new model; --init has what it has")
+        config = replace(config, n_mtp=args.n_mtp)
     return config, recipe, tokenizer
 
 
@@ -3009,7 +3013,7 @@ def resume(args: argparse.Namespace) -> tuple[dict, Config, Recipe, Tokenizer]:
     if not checkpoint.exists():
         raise FileNotFoundError(f"nothing to resume: no {checkpoint}")
     state, asked = read_torch(checkpoint), asked_settings(args)
-    kinds = ("preset", "recipe", "tokenizer", "init", "n_kv_heads")
+    kinds = ("preset", "recipe", "tokenizer", "init", "n_kv_heads", "n_mtp")
     fixed = {kind for kind in kinds if getattr(args, kind, None) is not None}
     if extra := asked.keys() - {"steps"} | fixed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(extra))
@@ -3143,6 +3147,8 @@ def run_generate(args: argparse.Namespace) -> int:
             f"context of {model.config.max_seq_len}: shorten it"
         )
     stops = stop_ids(model.config, tokenizer)
+    if args.speculate:
+        return run_speculate(args, model, tokenizer, ids, prompt)
     steps = stream(
         model,
         torch.tensor([ids], device=device),
@@ -3160,6 +3166,37 @@ def run_generate(args: argparse.Namespace) -> int:
     for text in itertools.chain([first], texts):
         print(text, end="", flush=True)
     print()
+    return 0
+
+
+def run_speculate(
+    args: argparse.Namespace,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    prompt: str,
+) -> int:
+    """`generate --speculate`: the text at once, and on stderr what was accepted."""
+    stops, room = stop_ids(model.config, tokenizer), model.config.max_seq_len - len(ids)
+    tokens, stats = speculate(
+        model,
+        torch.tensor([ids], device=model.embed.weight.device),
+        min(room, 200) if args.max_new_tokens is None else args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        stop=stops,
+        generator=torch.Generator(model.embed.weight.device).manual_seed(args.seed),
+    )
+    new = iter(tokens[:, len(ids) :].T)  # (1,) at a time
+    shown = (step for step in new if int(step) not in stops)
+    said = "".join(stream_text(tokenizer, shown, behind=ids[-1:]))
+    print(said if args.chat else prompt + said)
+    print(
+        f"{stats.accepted} of {stats.drafted} drafts accepted ({stats.rate:.0%}), "
+        f"{stats.passes} passes",
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -3211,7 +3248,7 @@ def demo(json_path: str | None = None) -> dict:
         "did": f"trained {recipe.steps} steps, held-out loss "
         f"{training.log[-1]['held_out']:.2f} nats a token; {stats.rate:.0%} of its "
         "drafts accepted",
-        "distance": rows[-1]["max_abs"],
+        "distance": next(r["max_abs"] for r in rows if r["stage"] == "logits"),
         "said": said,
     }
     if json_path is not None:
@@ -3291,6 +3328,9 @@ def add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--preset", choices=sorted(presets()), help="default: TINY")
     command.add_argument("--init", metavar="SOURCE", help="start from this checkpoint")
     command.add_argument(
+        "--n-mtp", type=int, metavar="N", help="MTP modules; default: the preset's"
+    )
+    command.add_argument(
         "--tokenizer", metavar="FILE", help="a file, a folder or 'bytes'"
     )
     command.add_argument(
@@ -3323,6 +3363,9 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--system", metavar="TEXT", help="with --chat: what the model is told first"
+    )
+    command.add_argument(
+        "--speculate", action="store_true", help="let the MTP modules draft tokens"
     )
     command.add_argument("--max-new-tokens", type=int, metavar="N")
     command.add_argument("--temperature", type=float, default=0.8, metavar="X")

@@ -26,6 +26,10 @@ memory" is that over the rate at which 512 MiB of float32 are summed, the fastes
 nine sums, which read them in order and write nothing. It is about memory only where the
 weights are too large for the processor's own caches, and one row is decoded: a step of
 TINY waits for Python, and eight rows for arithmetic.
+
+Where a model has experts, their layer alone: forward, and forward and backward, of
+ours, of Hugging Face's and of the plain loop over the experts, for the same choices at
+random. "of the loop" is our time over the loop's.
 """
 
 import argparse
@@ -61,14 +65,18 @@ ROOM = 1024
 SMOLLM2 = ROOT / "data" / "smollm2"
 # What makes a model wider.
 WIDTHS = {"dim", "head_dim", "ffn_dim", "q_latent_dim", "latent_dim"}
-WIDTHS |= {"rope_dim", "value_dim"}
+WIDTHS |= {"rope_dim", "value_dim", "expert_ffn_dim"}
+# A layer of experts, and how many tokens it gets.
+EXPERTS = {"n_experts": 64, "n_active": 6, "dim": 512, "expert_ffn_dim": 352}
+FEW_EXPERTS = {"n_experts": 8, "n_active": 2, "dim": 64, "expert_ffn_dim": 32}
+EXPERT_TOKENS = [1, 1024]
 # A published preset above this is left to machines that have the memory for two.
 LARGEST = 400e6
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: "forward", "step" of training, "prefill" or "decode".
+    """What is measured: "forward", "step" of training, "prefill", "decode", "experts".
 
     `cached` is how many tokens a decode step finds in the cache; `folder` holds the
     weights of both sides, which are random without it.
@@ -112,6 +120,13 @@ def cases(chapter: Chapter, quick: bool) -> Iterator[Case]:
         for cached in sorted({min(tokens, longest - 1) for tokens in CACHED}):
             label = f"{name} decode at {cached}"
             yield Case(chapter, label, config, (batch, 1), "decode", cached, folder)
+    if hasattr(module, "Experts"):
+        sizes = FEW_EXPERTS if quick else EXPERTS
+        config = replace(tiny, n_layers=1, n_dense_layers=0, n_mtp=0, **sizes)
+        for label in ("forward", "step"):
+            for tokens in EXPERT_TOKENS:
+                what = f"{sizes['n_experts']} experts {label}"
+                yield Case(chapter, what, config, (tokens, 1), "experts")
 
 
 def plain(config: Any) -> Any:
@@ -328,24 +343,32 @@ def memory_rate(device: str) -> float:
 def bytes_read(model: nn.Module, cache: Any, cached: int) -> int:
     """What a decode step with `cached` tokens in our `cache` has to read at least.
 
-    Of a table of embeddings that is a row or two, unless the head is the same matrix.
-    All other weights count, so a mixture of experts would need a count of its own.
+    Of a table of embeddings that is a row or two, unless the head is the same matrix;
+    of the experts, those that one row chooses, and of prediction depths nothing. All
+    other weights count.
     """
     weights = {
         parameter
-        for module in model.modules()
-        if not isinstance(module, nn.Embedding)
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Embedding) and not name.startswith("mtp.")
         for parameter in module.parameters(recurse=False)
     }
     room = min(model.config.max_seq_len, ROOM)
-    return sum(weight.nbytes for weight in weights) + cache.nbytes // room * cached
+    total = sum(weight.nbytes for weight in weights) + cache.nbytes // room * cached
+    if (E := getattr(model.config, "n_experts", 0)) == 0:
+        return total
+    of_experts = sum(
+        parameter.nbytes
+        for name, parameter in model.named_parameters()
+        if ".experts." in name and not name.startswith("mtp.")
+    )
+    return total - of_experts // E * (E - model.config.n_active)
 
 
 def measure(case: Case, rounds: int, device: str) -> dict:
     """One row of the table."""
-    return (measure_decode if case.kind == "decode" else measure_pass)(
-        case, rounds, device
-    )
+    kinds = {"decode": measure_decode, "experts": measure_experts}
+    return kinds.get(case.kind, measure_pass)(case, rounds, device)
 
 
 def measure_pass(case: Case, rounds: int, device: str) -> dict:
@@ -397,6 +420,39 @@ def measure_decode(case: Case, rounds: int, device: str) -> dict:
     return row
 
 
+def measure_experts(case: Case, rounds: int, device: str) -> dict:
+    """The experts of one layer: ours, Hugging Face's, and the loop over them."""
+    model, reference = pair(case, device)
+    ours, theirs = model.blocks[0].ffn.experts, reference.model.layers[0].mlp.experts
+    load(case.chapter).copy_to_reference(model, reference)
+    c, N = case.config, case.size[0]
+    x = torch.randn(N, c.dim, device=device, requires_grad=True)
+    weights = torch.rand(N, c.n_active, device=device)
+    chosen = torch.rand(N, c.n_experts, device=device).topk(c.n_active).indices
+    calls = [
+        lambda: ours(x, weights, chosen),
+        lambda: theirs(x, chosen, weights),
+        lambda: ours.one_by_one(x, weights, chosen),
+    ]
+    for call in calls[1:]:
+        torch.testing.assert_close(call(), calls[0](), rtol=1e-4, atol=1e-5)
+
+    def run(call: Callable[[], Tensor]) -> None:
+        with torch.set_grad_enabled(case.label.endswith("step")):
+            out = call()
+        if out.requires_grad:
+            out.square().sum().backward()
+            for module in (ours, theirs):
+                module.zero_grad()
+
+    sides = [Side(lambda call=call: run(call)) for call in calls]
+    *pair_, loop = take_turns(sides, rounds, device)
+    row = compared(case, [N, 1], pair_)
+    row["loop_ms"] = statistics.median(loop) * 1e3
+    row["of_loop"] = row["ours_ms"] / row["loop_ms"]
+    return row
+
+
 def compared(case: Case, batch: list[int], times: list[list[float]]) -> dict:
     """What every row has: ours beside theirs."""
     a, b = (statistics.median(side) for side in times)
@@ -412,7 +468,7 @@ def compared(case: Case, batch: list[int], times: list[list[float]]) -> dict:
 
 
 HEADER = (
-    f"{'chapter':<18} {'what':<26} {'batch':>8} {'ours':>10} {'theirs':>10} "
+    f"{'chapter':<22} {'what':<26} {'batch':>8} {'ours':>10} {'theirs':>10} "
     f"{'ratio':>6} {'GFLOP/s':>8} {'of GEMM':>8} {'GB/s':>6} {'of memory':>9}"
 )
 
@@ -420,12 +476,14 @@ HEADER = (
 def line(row: dict) -> str:
     """A row as text; of the two limits of the machine it has one."""
     batch = " x ".join(map(str, row["batch"]))
-    if "of_gemm" in row:
+    if "of_loop" in row:
+        limits = f"{row['of_loop']:>8.2f} of the loop"
+    elif "of_gemm" in row:
         limits = f"{row['gflops']:>8.1f} {row['of_gemm']:>8.0%}"
     else:
         limits = f"{'':>17} {row['gb_per_second']:>6.1f} {row['of_memory']:>9.0%}"
     return (
-        f"{row['chapter']:<18} {row['what']:<26} {batch:>8} {row['ours_ms']:>7.1f} ms "
+        f"{row['chapter']:<22} {row['what']:<26} {batch:>8} {row['ours_ms']:>7.1f} ms "
         f"{row['theirs_ms']:>7.1f} ms {row['ratio']:>6.2f} {limits}"
     )
 
@@ -471,7 +529,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for chapter in chosen:
         if not hasattr(load(chapter), "reference"):
-            print(f"{chapter.name:<18} has no model of Hugging Face's to compare with")
+            print(f"{chapter.name:<22} has no model of Hugging Face's to compare with")
             continue
         for case in cases(chapter, args.quick):
             rows.append(measure(case, rounds, args.device))

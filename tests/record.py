@@ -48,13 +48,18 @@ def sources(chapter: Chapter) -> list[str]:
 SHOWN = ("step", "loss", "held_out", "lr", "grad_norm")
 
 
+def row_of(rows: list[dict], stage: str) -> dict:
+    """The row of `verify`'s table for one stage."""
+    return next(row for row in rows if row["stage"] == stage)
+
+
 def record_verify(chapter: Chapter) -> None:
     """The table of `verify`: how far each stage is from Hugging Face's."""
     rows = load(chapter).verify()
     results.write(
         chapter.results / "verify.json",
         f"python {chapter.path} verify",
-        {"stages": rows, "logits": rows[-1]},
+        {"stages": rows, "logits": row_of(rows, "logits")},
         [f"{chapter.path}::model", f"{chapter.path}::small_config"],
     )
 
@@ -74,7 +79,7 @@ def record_smollm2(chapter: Chapter) -> None:
         {
             "tokens": tokens[0].numel(),
             "stages": rows,
-            "logits": rows[-1],
+            "logits": row_of(rows, "logits"),
             "largest_relative": max(row["relative"] for row in rows),
         },
         [f"{chapter.path}::{name}" for name in ("model", "verify_inputs", "real_text")],

@@ -12,6 +12,7 @@ from chapters import ROOT, discover, load
 
 CACHED = [c for c in discover() if hasattr(load(c).Transformer, "new_cache")]
 PLAIN = [c for c in discover() if c not in CACHED and hasattr(load(c), "reference")]
+EXPERT = [c for c in discover() if hasattr(load(c), "Experts")]
 MEMORY = {"cached", "tokens_per_second", "bytes", "gb_per_second", "of_memory"}
 
 
@@ -105,6 +106,10 @@ def test_the_bytes_of_a_step_by_hand(module):
     tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
     unread = sum(t.weight.numel() for t in tables if t is not model.embed)
     weights = sum(p.numel() for p in model.parameters()) - unread
+    if hasattr(model, "mtp"):  # which a step does without, as without most experts
+        counts = module.parameter_counts(model)
+        assert weights == counts["total"] + counts["mtp"]
+        weights = counts["active"]
     B, S, L = 2, 7, config.n_layers
     room = min(config.max_seq_len, bench.ROOM)
     cache = model.new_cache(B, room)
@@ -197,7 +202,8 @@ def test_a_real_model_stands_in_where_presets_are_too_large(
     saved, module, monkeypatch, tmp_path
 ):
     def labels(quick=False):
-        return [case.label for case in bench.cases(saved.chapter, quick)]
+        cases = bench.cases(saved.chapter, quick)
+        return [case.label for case in cases if case.kind != "experts"]
 
     monkeypatch.setattr(bench, "LARGEST", 0)
     monkeypatch.setattr(bench, "SMOLLM2", tmp_path / "none")
@@ -205,7 +211,7 @@ def test_a_real_model_stands_in_where_presets_are_too_large(
     monkeypatch.setattr(bench, "SMOLLM2", tmp_path)
     config = bench.plain(module.small_config())
     for case in bench.cases(saved.chapter, False):
-        if "step" not in case.label:
+        if "step" not in case.label and case.kind != "experts":
             assert case.label.startswith(tmp_path.name)
             assert (case.config, case.folder) == (config, tmp_path)
     assert all(label.startswith("TINY") for label in labels(quick=True))
@@ -219,7 +225,7 @@ def test_a_real_model_stands_in_where_presets_are_too_large(
 def test_the_wider_tiny_model_has_wider_heads(module):
     config = bench.widened(module.TINY)
     assert config.dim == 3 * module.TINY.dim
-    widths = {"head_dim", "rope_dim", "value_dim"}
+    widths = {"head_dim", "rope_dim", "value_dim", "expert_ffn_dim"}
     widths |= {"q_latent_dim", "latent_dim", "ffn_dim"}
     for name in widths:
         if hasattr(config, name):
@@ -229,6 +235,23 @@ def test_the_wider_tiny_model_has_wider_heads(module):
         module.TINY.n_heads,
         module.TINY.n_layers,
     )
+
+
+@pytest.mark.parametrize("chapter", EXPERT, ids=str)
+def test_the_experts_are_measured_alone(chapter, monkeypatch):
+    cases = [case for case in bench.cases(chapter, True) if case.kind == "experts"]
+    assert [case.label for case in cases] == [
+        f"8 experts {kind}" for kind in ("forward", "step") for _ in range(2)
+    ]
+    assert [case.size for case in cases] == 2 * [(1, 1), (1024, 1)]
+    row = bench.measure(cases[0], 1, "cpu")
+    assert row["of_loop"] == row["ours_ms"] / row["loop_ms"] > 0
+    assert bench.line(row).endswith(f"{row['of_loop']:.2f} of the loop")
+    experts = load(chapter).Experts
+    wrong = experts.one_by_one
+    monkeypatch.setattr(experts, "one_by_one", lambda *a: 1.1 * wrong(*a))
+    with pytest.raises(AssertionError):  # what is not equal is not compared in speed
+        bench.measure(cases[0], 1, "cpu")
 
 
 WRONG = {
