@@ -19,8 +19,9 @@ whose template fills its fields from
                                          then a format, which may be left out
     {{= params(chapter.GPT2_124M) :: ,}} a Python expression, with `chapter` the module
                                          of the README's own folder, `ch01`, `ch02`, …
-                                         every chapter, and `params(config)` the number
-                                         of parameters of its Transformer
+                                         every chapter, `params(config)` the number of
+                                         parameters of its Transformer, and
+                                         `counts(config)` chapter 6's of each kind
 
 Further regions: `begin: chapters` (the table of chapters), `begin: lineage` (what the
 chapter of this folder changes), `begin: lineage-table [model|running|all]`.
@@ -159,7 +160,7 @@ def recorded(what: str, path: Path) -> Any:
 
 
 def computed(expression: str, path: Path, root: Path) -> Any:
-    names: dict[str, Any] = {"params": params}
+    names: dict[str, Any] = {"params": params, "counts": counts}
     for chapter in discover(root):
         if chapter.prefix in expression or chapter.folder == path.parent:
             names[chapter.prefix] = load(chapter)
@@ -176,6 +177,15 @@ def params(config: Any) -> int:
     with torch.device("meta"):
         model = module.Transformer(config)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def counts(config: Any) -> dict[str, int]:
+    """The parameters of a model with experts: in total, active, in MTP modules."""
+    import torch
+
+    module = sys.modules[type(config).__module__]
+    with torch.device("meta"):
+        return module.parameter_counts(module.Transformer(config))
 
 
 def chapters_table(path: Path, root: Path) -> str:
