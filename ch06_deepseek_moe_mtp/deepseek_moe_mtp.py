@@ -29,15 +29,16 @@ Lineage: from ch05_deepseek_mla/deepseek_mla.py
         Transformer.reset_parameters Transformer.new_cache Transformer.hidden
         Transformer.forward Transformer.save_pretrained HF_MODULES HF_NAMES REDUNDANT
         canonical hf_names export_tensors load_tensors compare fill sample stream
-        read_config make_optimizer loss small_config reference randomise verify
-        copy_to_reference choose run_generate demo add_train add_generate
+        read_config make_optimizer loss small_config reference randomise distance
+        TOLERANCE verify copy_to_reference show_distances open_data choose resume
+        run_generate demo add_train add_generate
     new: CONFIG_SIZES CONFIG_COUNTS CONFIG_NUMBERS check_groups DEEPSEEK_V3 DEEPSEEK_V2
         DEEPSEEK_V2_LITE Routing Router Experts grouped_linear has_grouped_mm Mixture
         MTPModule Outputs Transformer.hidden_ahead Transformer.predict_ahead
         Transformer.routers Transformer.balance MOE place find mtp_copies distribution
         check_request Speculation speculate accept Drafter HF_NEEDED_BY_EXPERTS HF_USUAL
-        HF_ROUTERS tensor_names MTP_EARLY after_step reference_ahead rename_mtp
-        stack_experts mtp_tensors run_speculate loads parameter_counts
+        HF_ROUTERS tensor_names MTP_EARLY after_step loop_over_experts reference_ahead
+        rename_mtp stack_experts mtp_tensors run_speculate loads parameter_counts
     dropped: MLA_V3 MLA_V2_LITE
 """
 
@@ -194,7 +195,7 @@ class Config:
         }
         if isinstance(known.get("eos_id"), list):
             known["eos_id"] = tuple(known["eos_id"])
-        if hf.get("topk_method") == "greedy":
+        if kind == "deepseek_v2" and hf.get("topk_method") != "group_limited_greedy":
             known |= {"n_groups": 1, "n_active_groups": 1}
         return cls(**HF_USUAL[kind] | known | rope_from_hf(hf))
 
@@ -1779,7 +1780,7 @@ def read_config(folder: Path) -> Config:
             f"config.json holds a value of a wrong kind: {error}"
         ) from None
     first = f"model.layers.{config.n_layers}."
-    if any(name.startswith(first) for name in tensor_names(folder)):
+    if any(str(name).startswith(first) for name in tensor_names(folder)):
         return config
     return replace(config, n_mtp=0)
 
@@ -1867,7 +1868,8 @@ def tensor_names(folder: Path) -> list[str]:
     """The names of all tensors of a checkpoint folder; none where no file is."""
     from_index = folder / "model.safetensors.index.json"
     if from_index.exists():
-        return list(read_json(from_index).get("weight_map") or [])
+        shards = read_json(from_index).get("weight_map")
+        return list(shards) if isinstance(shards, dict) else []
     if (folder / "model.safetensors").exists():
         from safetensors import SafetensorError, safe_open
 
@@ -2680,9 +2682,16 @@ def reference(
         theirs = AutoModelForCausalLM.from_config(config).to(dtype)
     else:
         theirs = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    if dtype == torch.float64:  # which its grouped product has not
-        theirs.set_experts_implementation("eager")
+    loop_over_experts(theirs)
     return theirs.eval()
+
+
+def loop_over_experts(theirs: nn.Module) -> None:
+    """Have Hugging Face's model do so where its grouped product does not take it."""
+    c, size = theirs.config, theirs.dtype.itemsize
+    whole = all(n * size % 16 == 0 for n in (c.hidden_size, c.moe_intermediate_size))
+    if theirs.dtype == torch.float64 or not whole:
+        theirs.set_experts_implementation("eager")
 
 
 def reference_ahead(
@@ -2713,8 +2722,7 @@ def reference_ahead(
         shared = ("embed_tokens.", "shared_head.")
         missing = [n for n in wrong.missing_keys if not n.startswith(shared)]
         assert not missing and not wrong.unexpected_keys, f"{wrong}"
-    if theirs.dtype == torch.float64:
-        modules.set_experts_implementation("eager")
+    loop_over_experts(modules)
     hidden = theirs.model(tokens).last_hidden_state
     logits, T = [], tokens.shape[1]
     for k in range(M):
@@ -2838,20 +2846,22 @@ def watch(model: nn.Module, names: Sequence[str], **inputs: Tensor) -> list[Tens
 
 
 def distance(label: str, ours: Tensor, theirs: Tensor) -> dict:
-    """How far apart two (n, width) results are, in four ways."""
+    """How far apart two (n, width) results are, in five ways."""
     ours, theirs = ours.double(), theirs.double()
-    gap = (ours - theirs).abs().max().item()
+    gap, top = (ours - theirs).abs().amax(dim=-1), theirs.abs().max().item()
     return {
         "stage": label,
-        "max_abs": gap,
-        "relative": gap / theirs.abs().max().item(),
+        "max_abs": gap.max().item(),
+        "relative": gap.max().item() / top,
+        "typical": gap.median().item() / top,
         "cosine": F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0).item(),
         "argmax": (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item(),
     }
 
 
 # Largest difference allowed at any stage, over the reference's largest value there. In
-# float64 too the reference computes its norms and rotary tables in float32.
+# float64 too the reference computes its norms and rotary tables in float32. In bfloat16
+# half of the tokens must keep to it: rounding sends some of them to other experts.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
@@ -2929,22 +2939,23 @@ def copy_to_reference(ours: Transformer, theirs: nn.Module) -> None:
 
 def show_distances(rows: Sequence[dict], dtype: torch.dtype) -> bool:
     """Print `verify`'s table; True when every stage is within the tolerance."""
-    limit = TOLERANCE[dtype]
+    limit, half = TOLERANCE[dtype], dtype == torch.bfloat16
+    judged = "typical" if half else "relative"
     say(
         f"{'stage':<18} {'max |a-b|':>10} {'/ max |b|':>10} "
         f"{'1 - cosine':>11} {'argmax':>8}"
     )
     for row in rows:
-        mark = "" if row["relative"] <= limit else "  above the tolerance"
+        mark = "" if row[judged] <= limit else "  above the tolerance"
         say(
             f"{row['stage']:<18} {row['max_abs']:>10.1e} {row['relative']:>10.1e} "
             f"{abs(1 - row['cosine']):>11.1e} {row['argmax']:>8.2%}{mark}"
         )
-    good = all(row["relative"] <= limit for row in rows)
+    good = all(row[judged] <= limit for row in rows)
     name = str(dtype).removeprefix("torch.")
     say(
         f"{'Equal' if good else 'NOT equal'} within {limit:.0e} "
-        f"of the largest value ({name})."
+        f"of the largest value{' in half of the tokens' if half else ''} ({name})."
     )
     return good
 
@@ -2961,6 +2972,11 @@ def open_data(
     """The training and the held-out batches of a text file."""
     train_part, held_out = split_documents(read_text(path))
     T = min(config.max_seq_len, recipe.seq_len)
+    if config.n_mtp >= T:
+        raise ValueError(
+            f"seq_len is {T}: to train {config.n_mtp} prediction depths, it must be "
+            f"{config.n_mtp + 1} or more"
+        )
     size, seed = recipe.batch_size, recipe.seed
     try:
         return (
@@ -3019,6 +3035,8 @@ def resume(args: argparse.Namespace) -> tuple[dict, Config, Recipe, Tokenizer]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(extra))
         raise ValueError(f"a resumed run keeps its settings; leave out {flags}")
     try:
+        if lacking := asdict(Config()).keys() - state["config"].keys():
+            raise ValueError(f"its config lacks {', '.join(sorted(lacking))}")
         config, recipe = Config(**state["config"]), Recipe(**state["recipe"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint} is of another version: {error}") from None
