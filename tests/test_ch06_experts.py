@@ -1,0 +1,784 @@
+# SPDX-License-Identifier: MIT
+"""Chapter 6, what is new in it: routing, experts, balance, looking ahead, speculation.
+
+References are loops over tokens and experts, the papers' formulas, and Hugging Face's
+classes; every parameter is random, and no two sizes are alike.
+"""
+
+import copy
+import itertools
+import math
+from collections import Counter
+from dataclasses import replace
+from functools import cache as remember
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from chapters import find, load
+from torch.utils.checkpoint import checkpoint
+
+CHAPTER = find("ch06")
+moe = load(CHAPTER)
+
+# The sizes of the small model, by the letters of the chapter; S_ shared experts.
+D, L, V, E, A, S_, F_, M = 36, 3, 97, 12, 3, 2, 20, 2
+KINDS = ["deepseek_v3", "deepseek_v2"]
+V2 = {"model_type": "deepseek_v2", "n_mtp": 0, "renormalise": False}
+
+
+def equal(a, b, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def near(a, b, relative: float = 1e-5) -> None:
+    """Equal within a part of the largest value."""
+    equal(a, b, relative * b.abs().max().item())
+
+
+@pytest.fixture(scope="module")
+def hf():
+    """The transformers package, imported once."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def small(kind: str = "deepseek_v3", **changes):
+    """The chapter's small config, or the same of a V2 model."""
+    second = V2 if kind == "deepseek_v2" else {}
+    return replace(moe.small_config(), **{**second, **changes})
+
+
+def ours_random(config, dtype: torch.dtype = torch.float64, seed: int = 0):
+    """A model with every parameter random, in eval mode."""
+    model = moe.Transformer(config).eval()
+    moe.randomise(model, seed)
+    return model.to(dtype)
+
+
+@remember
+def shared_model(n_mtp: int = M):
+    """A random model in float64, for tests that leave it as it is."""
+    return ours_random(small(n_mtp=n_mtp))
+
+
+def some_tokens(B: int, T: int, vocab: int = V, seed: int = 1):
+    return torch.randint(vocab, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+# --- which experts, and how much of each ----------------------------------------------
+
+
+def route_by_hand(x: list[float], rows: list, bias: list[float], c) -> dict:
+    """The experts of one token, each with its weight: sums and sorted lists."""
+    z = [sum(a * b for a, b in zip(x, row, strict=True)) for row in rows]
+    if is_v3 := c.model_type == "deepseek_v3":
+        s = [1 / (1 + math.exp(-value)) for value in z]
+        choice = [a + b for a, b in zip(s, bias, strict=True)]
+    else:
+        total = sum(math.exp(value) for value in z)
+        s = choice = [math.exp(value) / total for value in z]
+    size = len(s) // c.n_groups
+    groups = [range(g * size, (g + 1) * size) for g in range(c.n_groups)]
+
+    def rank(group: range) -> float:
+        return sum(sorted((choice[i] for i in group), reverse=True)[: 1 + is_v3])
+
+    kept = sorted(groups, key=rank, reverse=True)[: c.n_active_groups]
+    left = [i for group in kept for i in group]
+    chosen = sorted(left, key=lambda i: choice[i], reverse=True)[: c.n_active]
+    whole = sum(s[i] for i in chosen) if c.renormalise else 1.0
+    return {i: c.routed_scale * s[i] / whole for i in chosen}
+
+
+# The second is the small config's; a bias of -3 makes every score for choosing negative.
+GROUPS = {"one": (1, 1), "2 of 4": (4, 2), "all 4": (4, 4), "1 of 2": (2, 1)}
+BIASES = {
+    "none": lambda: torch.zeros(E),
+    "random": lambda: normal(E, dtype=torch.float32, seed=5),
+    "all at -3": lambda: 0.1 * normal(E, dtype=torch.float32, seed=5) - 3,
+}
+
+
+def routing_cases():
+    for groups in GROUPS:
+        yield from (("deepseek_v3", groups, bias) for bias in BIASES)
+        yield "deepseek_v2", groups, "none"
+
+
+def random_router(kind: str, groups: str, bias: str, dtype=torch.float64, **changes):
+    """A router whose scores lie far apart; its weight is what the test may read."""
+    n, kept = GROUPS[groups]
+    c = small(kind, n_groups=n, n_active_groups=kept, routed_scale=1.7, **changes)
+    router = moe.Router(c)
+    with torch.no_grad():
+        router.weight.copy_(0.3 * normal(E, D, seed=2))
+        if kind == "deepseek_v3":
+            router.bias.copy_(BIASES[bias]())
+    return router.to(dtype)
+
+
+def scattered(weights, chosen, E: int = E):
+    """The weight of every expert for each token, 0 of those not chosen: (N, E)."""
+    weights, chosen = weights.flatten(0, -2), chosen.flatten(0, -2)
+    return weights.new_zeros(len(chosen), E).scatter(1, chosen, weights)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize(("kind", "groups", "bias"), list(routing_cases()))
+def test_routing_by_hand(kind, groups, bias, renormalise):
+    """Sorted lists, token by token: the same experts and the same weights."""
+    router = random_router(kind, groups, bias, renormalise=renormalise)
+    x = normal(2, 23, D, seed=3)
+    with torch.no_grad():
+        weights, routing = router(x)
+    assert weights.shape == routing.chosen.shape == (2, 23, A)
+    assert routing.scores.shape == (2, 23, E)
+    offset = router.bias.tolist() if kind == "deepseek_v3" else []
+    found = scattered(weights, routing.chosen)
+    for token, row in zip(x.flatten(0, 1), found, strict=True):
+        wanted = route_by_hand(token.tolist(), router.weight.tolist(), offset, router.config)
+        assert len(wanted) == A and {i for i in range(E) if row[i]} == set(wanted)
+        for i, weight in wanted.items():
+            assert math.isclose(row[i], weight, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "groups", "bias"), list(routing_cases()))
+def test_routing_is_hugging_faces(hf, kind, groups, bias):
+    from transformers.models.deepseek_v2 import modeling_deepseek_v2 as second
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as third
+
+    router = random_router(kind, groups, bias, torch.float32)
+    config = hf.AutoConfig.for_model(**router.config.to_hf())
+    is_v3 = kind == "deepseek_v3"
+    theirs = (third.DeepseekV3TopkRouter if is_v3 else second.DeepseekV2TopkRouter)(
+        config
+    )
+    with torch.no_grad():
+        theirs.weight.copy_(router.weight)
+        if is_v3:
+            theirs.e_score_correction_bias.copy_(router.bias)
+    x = normal(2, 50, D, dtype=torch.float32, seed=3)
+    weights, routing = router(x)
+    logits, *expected = theirs(x)
+    equal(scattered(weights, routing.chosen), scattered(*expected), 1e-6)
+    scores = logits.sigmoid() if is_v3 else logits.softmax(-1)
+    equal(routing.scores.flatten(0, 1), scores, 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_of_float32_whatever_comes_in(kind):
+    """Rounded to bfloat16, scores of many experts would be alike."""
+    router = random_router(kind, "2 of 4", "random", torch.bfloat16)
+    x = normal(2, 9, D, dtype=torch.bfloat16)
+    exact = copy.deepcopy(router).float()
+    assert router.weight.dtype == torch.bfloat16
+    expected, told = exact(x.float())
+    weights, routing = router(x)
+    assert weights.dtype == routing.scores.dtype == torch.float32
+    torch.testing.assert_close((weights, *routing), (expected, *told), rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights, routing = exact(x.float())
+    assert weights.dtype == routing.scores.dtype == torch.float32
+    torch.testing.assert_close((weights, *routing), (expected, *told), rtol=0, atol=0)
+    assert router.double()(x.double())[0].dtype == torch.float64
+
+
+CASTS = {
+    "to(bfloat16)": lambda m: m.to(torch.bfloat16),
+    "bfloat16()": lambda m: m.bfloat16(),
+    "half()": lambda m: m.half(),
+    "double()": lambda m: m.double(),
+    "there and back": lambda m: m.bfloat16().float(),
+    "a copy": lambda m: copy.deepcopy(m.bfloat16()),
+    "to a device and dtype": lambda m: m.to("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_the_bias_stays_in_float32(cast):
+    """A step of γ on 1 would be lost in bfloat16."""
+    model = ours_random(small(), torch.float32)
+    before = []
+    for i, router in enumerate(model.routers()):
+        router.bias += 1.0 + 0.001 * i
+        before.append(router.bias.clone())
+    model = CASTS[cast](model)
+    assert len(model.routers()) == L - 1 + M
+    for router, bias in zip(model.routers(), before, strict=True):
+        assert router.bias.dtype == torch.float32 and torch.equal(router.bias, bias)
+        assert "bias" in dict(router.named_buffers()) and "bias" in router.state_dict()
+
+
+@pytest.mark.parametrize("cast", [lambda m: m, lambda m: m.bfloat16()])
+def test_the_bias_has_room_without_memory(cast):
+    with torch.device("meta"):
+        model = cast(moe.Transformer(small()))
+    assert {r.bias.device.type for r in model.routers()} == {"meta"}
+    model = model.to_empty(device="cpu")
+    for router in model.routers():
+        assert router.bias.dtype == torch.float32 and router.bias.shape == (E,)
+        assert router.bias.device.type == router.weight.device.type == "cpu"
+
+
+def test_no_gradient_reaches_the_bias():
+    """It is no parameter; the weights it leads to are those of the scores alone."""
+    model = ours_random(small()).train()
+    optimizer = moe.make_optimizer(model, moe.Recipe())
+    moe.loss(model, some_tokens(2, 12)).backward()
+    stepped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(stepped) == len(list(model.parameters()))
+    for router in model.routers():
+        assert not router.bias.requires_grad and router.bias.grad is None
+        assert id(router.bias) not in stepped
+    router = random_router("deepseek_v3", "one", "none")
+    x = normal(2, 7, D)
+    before, _ = router(x)
+    router.bias += 0.7  # of all: the same are chosen
+    torch.testing.assert_close(router(x)[0], before, rtol=0, atol=0)
+
+
+# --- the experts ----------------------------------------------------------------------
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def by_loop(x, weights, chosen, w_gate_up, w_down):
+    """Token by token, expert by expert, unit by unit: the formula as it reads."""
+    rows = []
+    for n, token in enumerate(x):
+        total = torch.zeros_like(token)
+        for weight, i in zip(weights[n], chosen[n].tolist(), strict=True):
+            for f in range(w_gate_up.shape[2]):
+                gate, up = w_gate_up[i, 0, f] @ token, w_gate_up[i, 1, f] @ token
+                total = total + weight * silu(gate) * up * w_down[i, :, f]
+        rows.append(total)
+    return torch.stack(rows)
+
+
+# Sizes of the loops' cases; 4 and 8 are whole 16 bytes in float32.
+FEW = {"dim": 8, "expert_ffn_dim": 4, "n_experts": 6, "n_active": 2}
+FEW |= {"n_groups": 1, "n_active_groups": 1}
+
+
+def some_choices(case: str):
+    """Expert numbers (N, A): no two alike for one token."""
+    generator = torch.Generator().manual_seed(4)
+    if case == "one token":
+        return torch.tensor([[4, 1]])
+    if case == "all to one":
+        return torch.full((7, 1), 3)
+    among = torch.tensor([1, 3, 4] if case == "some without" else range(6))
+    order = [torch.randperm(len(among), generator=generator)[:2] for _ in range(11)]
+    return among[torch.stack(order)]
+
+
+CHOICES = ["any", "some without", "all to one", "one token"]
+
+
+def random_experts(dtype: torch.dtype, **changes):
+    experts = moe.Experts(replace(small(), **{**FEW, **changes}))
+    with torch.no_grad():
+        for i, parameter in enumerate(experts.parameters()):
+            parameter.copy_(0.7 * normal(*parameter.shape, seed=10 + i))
+    return experts.to(dtype)
+
+
+def run(function, experts, x, weights, chosen) -> list:
+    """The result, and the gradients of tokens, weights and both matrices."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, weights)]
+    matrices = [p.detach().clone().requires_grad_() for p in experts.parameters()]
+    if function is by_loop:
+        out = by_loop(*leaves, chosen, *matrices)
+    else:
+        experts.w_gate_up, experts.w_down = map(torch.nn.Parameter, matrices)
+        matrices = list(experts.parameters())
+        out = function(experts, *leaves, chosen)
+    (out * normal(*out.shape, dtype=out.dtype, seed=9)).sum().backward()
+    return [out.detach(), *(leaf.grad for leaf in [*leaves, *matrices])]
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """How often torch's grouped product ran."""
+    calls, real = [], F.grouped_mm
+    monkeypatch.setattr(
+        F, "grouped_mm", lambda *a, **k: calls.append(a) or real(*a, **k)
+    )
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("dtype", "path"),
+    [
+        (torch.float64, "slices"),
+        (torch.float32, "slices"),
+        (torch.float32, "grouped"),
+        (torch.float64, "one by one"),
+        (torch.float32, "one by one"),
+    ],
+)
+@pytest.mark.parametrize("case", CHOICES)
+def test_experts_equal_a_loop(case, dtype, path, monkeypatch, products):
+    """Results and all gradients, of every form."""
+    experts, chosen = random_experts(dtype), some_choices(case)
+    x = normal(len(chosen), 8, dtype=dtype, seed=6)
+    weights = normal(*chosen.shape, dtype=dtype, seed=7)
+    if path == "slices":
+        monkeypatch.setattr(moe, "has_grouped_mm", lambda *_: False)
+    one_by_one = path == "one by one"
+    form = moe.Experts.one_by_one if one_by_one else moe.Experts.forward
+    expected = run(by_loop, experts, x, weights, chosen)
+    found = run(form, experts, x, weights, chosen)
+    assert len(products) == (2 if path == "grouped" else 0)
+    for ours, loop in zip(found, expected, strict=True):
+        assert ours is not None and ours.dtype == dtype and loop.abs().max() > 0.1
+        near(ours, loop, 1e-12 if dtype == torch.float64 else 1e-5)
+    without = [i for i in range(6) if i not in chosen]
+    assert len(without) == {"any": 0, "some without": 3}.get(case, 6 - chosen.unique().numel())
+    for gradient in found[3:]:
+        assert not gradient[without].any() and gradient[chosen.unique()].any()
+
+
+def test_without_the_grouped_product_nothing_is_missing(monkeypatch):
+    """Older versions of torch have none."""
+    experts, chosen = random_experts(torch.float32), some_choices("any")
+    x = normal(len(chosen), 8, dtype=torch.float32)
+    weights = normal(*chosen.shape, dtype=torch.float32)
+    expected = experts(x, weights, chosen)
+    monkeypatch.delattr(F, "grouped_mm")
+    near(experts(x, weights, chosen), expected, 1e-6)
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_no_token_is_dropped(case, monkeypatch):
+    """As many rows are multiplied as tokens have experts; none has a capacity."""
+    rows, real = [], moe.grouped_linear
+
+    def note(x, weight, count):
+        rows.append((len(x), count.tolist()))
+        return real(x, weight, count)
+
+    monkeypatch.setattr(moe, "grouped_linear", note)
+    experts, chosen = random_experts(torch.float32), some_choices(case)
+    experts(torch.ones(len(chosen), 8), torch.ones(chosen.shape), chosen)
+    tally = Counter(chosen.flatten().tolist())
+    assert rows == [(chosen.numel(), [tally[i] for i in range(6)])] * 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "grouped"),
+    [
+        (torch.float32, {"expert_ffn_dim": 5}, 0),
+        (torch.float32, {"dim": 10}, 0),
+        (torch.float32, {"expert_ffn_dim": 6}, 1),
+        (torch.float32, {}, 2),
+        (torch.bfloat16, {"expert_ffn_dim": 10}, 0),
+        (torch.bfloat16, {"dim": 24, "expert_ffn_dim": 16}, 2),
+        (torch.float16, {"dim": 24, "expert_ffn_dim": 16}, 2),
+        (torch.float64, {}, 0),
+    ],
+)
+def test_where_the_grouped_product_would_refuse_it_is_not_asked(
+    dtype, changes, grouped, products
+):
+    """Its rows must be multiples of 16 bytes; what it takes, it gets."""
+    experts, chosen = random_experts(dtype, **changes), some_choices("any")
+    x = normal(len(chosen), experts.w_down.shape[1], dtype=dtype)
+    weights = normal(*chosen.shape, dtype=torch.promote_types(dtype, torch.float32))
+    out = experts(x, weights, chosen)
+    assert out.dtype == dtype and len(products) == grouped
+    exact = random_experts(torch.float64, **changes)
+    if dtype != torch.float64:
+        exact.load_state_dict(experts.state_dict())
+    expected = exact.one_by_one(x.double(), weights.double(), chosen)
+    low = dtype in (torch.bfloat16, torch.float16)
+    near(out.double(), expected, 3e-2 if low else 1e-5)
+    if dtype == torch.float32 and not grouped:
+        ends = torch.tensor([2, 4, 6, 8, 10, 11], dtype=torch.int32)
+        with pytest.raises(RuntimeError, match="16 bytes"):
+            F.grouped_mm(x, experts.w_gate_up.flatten(1, 2).mT, offs=ends)
+            hidden = torch.ones(11, experts.w_down.shape[2])
+            F.grouped_mm(hidden, experts.w_down.mT, offs=ends)
+
+
+def test_a_layer_is_its_segments_all_active():
+    """arXiv:2401.06066 §3.1: cut into m experts, a layer of which all are chosen."""
+    m, width = 5, 7
+    c = small(n_experts=m, n_active=m, n_groups=1, n_active_groups=1)
+    whole = moe.FeedForward(c, m * width).double()
+    experts = moe.Experts(replace(c, expert_ffn_dim=width)).double()
+    with torch.no_grad():
+        for i, parameter in enumerate(whole.parameters()):
+            parameter.copy_(0.3 * normal(*parameter.shape, seed=i))
+        for i in range(m):
+            cut = slice(i * width, (i + 1) * width)
+            experts.w_gate_up[i, 0] = whole.w_gate.weight[cut]
+            experts.w_gate_up[i, 1] = whole.w_up.weight[cut]
+            experts.w_down[i] = whole.w_down.weight[:, cut]
+    x, weights = normal(13, D), torch.ones(13, m, dtype=torch.float64)
+    chosen = torch.stack([torch.randperm(m) for _ in range(13)])
+    expected = whole(x)
+    assert expected.abs().max() > 1
+    equal(experts(x, weights, chosen), expected, 1e-12)
+    weights[:, 0] = 0  # an expert less is another function
+    assert (experts(x, weights, chosen) - expected).abs().max() > 0.1
+
+
+def random_mixture(kind: str, **changes):
+    """The feed-forward of a block behind the dense ones, float64."""
+    return ours_random(small(kind, **changes)).blocks[-1].ffn
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_experts_are_added_as_they_are(kind):
+    """Each sees every token; their sum has no weight, and is no mean."""
+    mixture, x = random_mixture(kind, routed_scale=3.3), normal(2, 11, D)
+    assert mixture.shared.w_gate.weight.shape == (S_ * F_, D)
+    weights, routing = mixture.router(x)
+    shares = (part.flatten(0, 1) for part in (x, weights, routing.chosen))
+    expected = mixture.experts.one_by_one(*shares).view_as(x)
+    for cut in (slice(0, F_), slice(F_, 2 * F_)):
+        gate, up = mixture.shared.w_gate.weight[cut], mixture.shared.w_up.weight[cut]
+        down = mixture.shared.w_down.weight[:, cut]
+        expected = expected + silu(x @ gate.T) * (x @ up.T) @ down.T
+    equal(mixture(x), expected, 1e-12)
+    alone = random_mixture(kind, n_shared=0)
+    assert alone.shared is None and not any("shared" in n for n in alone.state_dict())
+    weights, routing = alone.router(x)
+    shares = (part.flatten(0, 1) for part in (x, weights, routing.chosen))
+    equal(alone(x), alone.experts.one_by_one(*shares).view_as(x), 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixture_is_hugging_faces(hf, kind):
+    from transformers.models.deepseek_v2 import modeling_deepseek_v2 as second
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as third
+
+    mixture = random_mixture(kind, routed_scale=1.7).float()
+    config = hf.AutoConfig.for_model(**mixture.router.config.to_hf())
+    is_v3 = kind == "deepseek_v3"
+    theirs = third.DeepseekV3MoE(config) if is_v3 else second.DeepseekV2Moe(config)
+    ours = {
+        "gate.weight": mixture.router.weight,
+        "experts.gate_up_proj": mixture.experts.w_gate_up.flatten(1, 2),
+        "experts.down_proj": mixture.experts.w_down,
+        "shared_experts.gate_proj.weight": mixture.shared.w_gate.weight,
+        "shared_experts.up_proj.weight": mixture.shared.w_up.weight,
+        "shared_experts.down_proj.weight": mixture.shared.w_down.weight,
+    }
+    if is_v3:
+        ours["gate.e_score_correction_bias"] = mixture.router.bias
+    theirs.load_state_dict(ours)
+    x = normal(2, 19, D, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(x)
+        assert expected.abs().max() > 0.2
+        near(mixture(x), expected)
+
+
+# --- balance of the loads -------------------------------------------------------------
+
+
+def watch_routers(model) -> list[list]:
+    """What each router decides from now on: per router, a list of (scores, chosen)."""
+    noted = [[] for _ in model.routers()]
+    for router, own in zip(model.routers(), noted, strict=True):
+
+        def note(_, __, out, own=own) -> None:
+            own.append((out[1].scores.detach().clone(), out[1].chosen.clone()))
+
+        router.register_forward_hook(note)
+    return noted
+
+
+def tally(*chosen) -> list[int]:
+    """How often each expert was chosen."""
+    counts = Counter(i for some in chosen for i in some.flatten().tolist())
+    return [counts[i] for i in range(E)]
+
+
+def moved(bias, load: list[int], rate: float):
+    """b + γ · sign(mean load - load), in float32: arXiv:2408.15664 algorithm 1."""
+    mean = sum(load) / len(load)
+    sign = [(mean > one) - (mean < one) for one in load]
+    return bias + rate * torch.tensor(sign, dtype=torch.float32)
+
+
+def biases(model) -> list:
+    return [router.bias.clone() for router in model.routers()]
+
+
+def same_bits(ours: list, others: list) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+
+
+def one_step(model, *batches) -> None:
+    """The loss of each batch, then a step of the chapter's optimizer."""
+    optimizer = moe.make_optimizer(model.train(), moe.Recipe())
+    for batch in batches:
+        moe.loss(model, batch).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.25, 0.0])
+def test_a_step_moves_each_bias_by_the_sign_of_its_load(rate):
+    """Counted from what the routers gave; on 8 tokens a row, the mean is whole."""
+    model = ours_random(small(balance_rate=rate))
+    before, noted = biases(model), watch_routers(model)
+    one_step(model, some_tokens(2, 9))
+    loads = [tally(*(chosen for _, chosen in own)) for own in noted]
+    assert [sum(load) for load in loads] == [48, 48, 42, 36]  # 3 of 2 · (8, 8, 7, 6)
+    wanted = [moved(*each, rate) for each in zip(before, loads, strict=True)]
+    assert same_bits(biases(model), wanted)
+    signs = {float(s) for s in torch.cat(wanted).sub(torch.cat(before)).sign()}
+    assert signs == ({-1.0, 0.0, 1.0} if rate else {0.0})
+    model.balance()  # nothing was counted since
+    assert same_bits(biases(model), wanted)
+
+
+def test_the_load_counts_from_step_to_step():
+    """A step's load is that of its own tokens."""
+    model = ours_random(small(balance_rate=0.05))
+    noted, optimizer = watch_routers(model), moe.make_optimizer(model, moe.Recipe())
+    model.train()
+    for step in range(3):
+        before = biases(model)
+        moe.loss(model, some_tokens(2, 9, seed=step)).backward()
+        optimizer.step()
+        loads = [tally(own[-1][1]) for own in noted]
+        wanted = [moved(*each, 0.05) for each in zip(before, loads, strict=True)]
+        assert same_bits(biases(model), wanted)
+
+
+def test_a_v2_model_has_no_bias_to_move():
+    model = ours_random(small("deepseek_v2", balance_rate=0.25))
+    assert not any("bias" in name for name in model.state_dict())
+    one_step(model, some_tokens(2, 9))
+    assert all(isinstance(router.load, int) for router in model.routers())
+    assert not any("bias" in name for name in model.state_dict())
+
+
+def mini_training(tokens_each: int = 12, **changes):
+    """A run in float64 over random tokens: the text does not matter."""
+    recipe = {"steps": 15, "batch_size": 2, "seq_len": tokens_each, "warmup": 1}
+    recipe = moe.Recipe(**(recipe | {"eval_every": 15} | changes))
+    tokenizer = moe.byte_tokenizer()
+    text = bytes(some_tokens(1, 400, 90)[0].add(32).tolist()).decode()
+    texts = [text[:300]], [text[300:]]
+    data = [
+        moe.Batches(part, tokenizer, tokens_each, recipe.batch_size, recipe.seed)
+        for part in texts
+    ]
+    config = small(vocab_size=tokenizer.vocab_size, balance_rate=0.05)
+    model = ours_random(config)
+    return moe.Training(model, *data, recipe)
+
+
+def test_looking_at_held_out_tokens_moves_nothing():
+    """Nor does it count: the next step is that of a run that never looked."""
+    training, other = mini_training(), mini_training()
+    before, model = biases(training.model), training.model
+    moe.held_out_loss(training)
+    model.eval()
+    moe.loss(model, some_tokens(2, 9)).item()
+    model.predict_ahead(some_tokens(2, 9))
+    moe.generate(model, some_tokens(2, 5), 3)
+    moe.speculate(model, some_tokens(1, 5), 3)
+    moe.loads(model, some_tokens(2, 9))
+    assert all(isinstance(router.load, int) for router in model.routers())
+    model.balance()
+    assert same_bits(biases(model), before)
+    training.take_step()
+    other.take_step()
+    assert same_bits(biases(model), biases(other.model))
+    assert not same_bits(biases(model), before)
+
+
+def test_micro_batches_are_balanced_as_one_batch():
+    """Of two halves the loads are added; the last half alone would say otherwise."""
+    halves = mini_training(batch_size=2, accumulate=2)
+    whole = mini_training(batch_size=4, accumulate=1)
+    batches = [halves.data.batch(i) for i in range(2)]
+    assert torch.equal(torch.cat(batches), whole.data.batch(0))
+    before, noted = biases(halves.model), watch_routers(halves.model)
+    halves.take_step()
+    whole.take_step()
+    assert same_bits(biases(halves.model), biases(whole.model))
+    for part in range(2):
+        loads = [tally(own[part][1]) for own in noted]
+        alone = [moved(*each, 0.05) for each in zip(before, loads, strict=True)]
+        assert not same_bits(biases(halves.model), alone)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_blocks_that_are_recomputed_count_once(use_reentrant):
+    """Their forward runs again in the backward pass; load and gradients stay."""
+    config = small(balance_rate=0.05, balance_loss=0.0 if use_reentrant else 0.1)
+    plain, again = ours_random(config), ours_random(config)
+    blocks = [block for block in again.modules() if isinstance(block, moe.Block)]
+    for block in blocks:
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=use_reentrant
+        )
+    noted = watch_routers(again)
+    batch = some_tokens(2, 9)
+    for model in (plain, again):
+        moe.loss(model.train(), batch).backward()
+    assert [len(own) for own in noted] == [2] * (L - 1 + M)
+    for ours, others in zip(again.routers(), plain.routers(), strict=True):
+        assert torch.equal(ours.load, others.load) and ours.load.sum() > 0
+    for ours, others in zip(again.parameters(), plain.parameters(), strict=True):
+        near(ours.grad, others.grad, 1e-12)
+    again.balance()
+    plain.balance()
+    assert same_bits(biases(again), biases(plain))
+
+
+def step_of_a_process(rank: int, folder: str) -> None:
+    """One of two processes, each with its own batch; it leaves its biases behind."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = ours_random(small(balance_rate=0.05))
+    one_step(model, some_tokens(2, 9, seed=20 + rank))
+    torch.save(biases(model), f"{folder}/biases{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="torch was built without gloo",
+)
+def test_two_processes_balance_by_the_load_of_both(tmp_path):
+    torch.multiprocessing.spawn(step_of_a_process, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"biases{rank}.pt") for rank in range(2))
+    assert same_bits(first, second)
+    model = ours_random(small(balance_rate=0.05))
+    before, noted = biases(model), watch_routers(model)
+    for rank in range(2):
+        moe.loss(model.train(), some_tokens(2, 9, seed=20 + rank))
+    loads = [[tally(chosen) for _, chosen in own] for own in noted]
+    for i, (bias, (one, other)) in enumerate(zip(before, loads, strict=True)):
+        both = [a + b for a, b in zip(one, other, strict=True)]
+        assert torch.equal(first[i], moved(bias, both, 0.05))
+    alone = [moved(bias, one, 0.05) for bias, (one, _) in zip(before, loads, strict=True)]
+    assert not same_bits(first, alone)
+
+
+def balance_by_hand(scores, chosen, c):
+    """α Σ f_i P_i of each sequence, or of all tokens: its mean, by loops.
+
+    V3 counts the best by the scores alone, eqs. 17 to 20 of arXiv:2412.19437; V2 the
+    choices that were made, eqs. 23 to 25 of arXiv:2405.04434.
+    """
+    rows = list(zip(scores, chosen.tolist(), strict=True))
+    if not c.balance_per_sequence:
+        rows = [(scores.flatten(0, 1), chosen.flatten(0, 1).tolist())]
+    losses = []
+    for s, made in rows:
+        T, total = len(s), 0.0
+        for i in range(E):
+            f, P = 0.0, 0.0
+            for t in range(T):
+                ranked = sorted(range(E), key=lambda j, t=t: float(s[t, j].detach()))
+                best = ranked[-A:] if c.model_type == "deepseek_v3" else made[t]
+                f += E / (A * T) * (i in best)
+                P = P + s[t, i] / sum(s[t]) / T
+            total = total + f * P
+        losses.append(c.balance_loss * total)
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("per_sequence", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_balance_loss_by_hand(kind, per_sequence):
+    """And its gradient, which reaches the router's weight through the scores alone."""
+    router = random_router(
+        kind, "2 of 4", "random", balance_loss=0.7, balance_per_sequence=per_sequence
+    )
+    x = normal(3, 7, D, seed=3)
+    _, routing = router(x)
+    best = routing.scores.topk(A).indices.sort().values
+    assert not torch.equal(best, routing.chosen.sort().values)  # bias and groups
+    found = router.balance_loss(routing)
+    expected = balance_by_hand(*routing, router.config)
+    equal(found, expected, 1e-12)
+    assert found.shape == () and 0.1 < found < 2
+    gradients = [
+        torch.autograd.grad(each, router.weight, retain_graph=True)[0]
+        for each in (found, expected)
+    ]
+    assert gradients[1].abs().max() > 1e-3
+    equal(*gradients, 1e-12)
+
+
+def test_both_kinds_of_balance_loss_differ():
+    """Over each sequence it is not what it is over the batch."""
+    losses = []
+    for per_sequence in (True, False):
+        router = random_router(
+            "deepseek_v3", "one", "none", balance_per_sequence=per_sequence
+        )
+        losses.append(router.balance_loss(router(normal(3, 7, D, seed=3))[1]).item())
+    assert abs(losses[0] / losses[1] - 1) > 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_balance_losses_are_in_the_loss_once(kind):
+    """One of each mixture, those of the prediction depths too; in eval mode none."""
+    config = small(kind, balance_loss=0.7)
+    model, without = ours_random(config), ours_random(replace(config, balance_loss=0))
+    noted, batch = watch_routers(model), some_tokens(2, 9)
+    gap = moe.loss(model.train(), batch) - moe.loss(without.train(), batch)
+    expected = [
+        balance_by_hand(*own[0], router.config)
+        for router, own in zip(model.routers(), noted, strict=True)
+    ]
+    assert len(expected) == L - 1 + config.n_mtp and min(expected) > 0.5
+    equal(gap, sum(expected), 1e-12)
+    for router, own in zip(without.routers(), noted, strict=True):
+        assert router.balance_loss(moe.Routing(*own[0])) == 0
+    same = [moe.loss(each.eval(), batch).item() for each in (model, without)]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.0])
+def test_balancing_makes_skewed_loads_even(rate):
+    """All tokens lean one way: some experts get a few times their share, some none."""
+    router = moe.Router(small(balance_rate=rate))
+    with torch.no_grad():
+        router.weight.copy_(0.1 * normal(E, D, seed=1))
+    lean, generator = 2 * normal(D, dtype=torch.float32), torch.Generator().manual_seed(2)
+
+    @torch.no_grad()
+    def unevenness(n: int, update: bool) -> float:
+        """The largest load over the mean, and the smallest, of n batches."""
+        load = torch.zeros(E)
+        for _ in range(n):
+            _, routing = router(torch.randn(4, 32, D, generator=generator) + lean)
+            load += routing.chosen.flatten().bincount(minlength=E)
+            if update:
+                router.count(routing)
+                router.update()
+        return (load.max() / load.mean()).item(), (load.min() / load.mean()).item()
+
+    most, least = unevenness(5, update=False)
+    assert most > 2.5 and least < 0.1
+    unevenness(100, update=True)
+    most, least = unevenness(20, update=False)
+    if rate:
+        assert most < 1.5 and least > 0.6
+    else:
+        assert most > 2.5 and least < 0.1
