@@ -782,3 +782,470 @@ def test_balancing_makes_skewed_loads_even(rate):
         assert most < 1.5 and least > 0.6
     else:
         assert most > 2.5 and least < 0.1
+
+
+# --- looking ahead --------------------------------------------------------------------
+
+
+@torch.no_grad()
+def their_ahead(main, modules, tokens) -> list:
+    """Hugging Face's logits of each depth, from its MtpModel's own layers."""
+    hidden = main.model(tokens).last_hidden_state  # after the final norm
+    logits, T = [], tokens.shape[1]
+    for k in range(len(modules.layers)):
+        hidden = modules.forward_layer(
+            k,
+            hidden[:, : T - 1 - k],
+            torch.arange(k + 1, T)[None],
+            None,
+            input_ids=tokens[:, k + 1 :],
+        )
+        logits.append(modules._project_to_logits(hidden))
+    return logits
+
+
+def knowing_its_layers(main):
+    """Hugging Face looks for MTP modules behind layer 60, as DeepSeek-V3 has them."""
+    layers = "|".join(str(L + k) for k in range(M))
+    main._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({layers})\."]
+    return main
+
+
+def test_depths_of_a_saved_model_equal_hugging_faces(hf, tmp_path):
+    from transformers.modeling_layers import MtpModel
+
+    ours = ours_random(small(), torch.float32)
+    ours.save_pretrained(tmp_path)
+    main = hf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    modules = MtpModel.from_pretrained(knowing_its_layers(main)).eval()
+    tokens = some_tokens(2, 70)
+    expected = their_ahead(main, modules, tokens)
+    found = ours.predict_ahead(tokens)
+    assert [part.shape for part in found] == [(2, 69, V), (2, 68, V)]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert theirs.abs().max() > 1
+        near(mine, theirs)
+    again = moe.reference_ahead(main, tokens, moe.mtp_tensors(ours))
+    for mine, theirs in zip(again, expected, strict=True):
+        near(mine, theirs)
+
+
+def published(modules) -> dict:
+    """The weights of Hugging Face's MtpModel as DeepSeek's files have them."""
+    found = {}
+    for name, tensor in modules.state_dict().items():
+        if not name.startswith("layers."):
+            continue
+        _, k, rest = name.split(".", 2)
+        rest = rest.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")
+        rest, where = rest.replace("mlp.experts.", ""), f"model.layers.{L + int(k)}."
+        for e in range(E) if rest in ("gate_up_proj", "down_proj") else ():
+            parts = {"down_proj": tensor[e]}
+            if rest == "gate_up_proj":
+                parts = {"gate_proj": tensor[e, :F_], "up_proj": tensor[e, F_:]}
+            for leaf, part in parts.items():
+                found[f"{where}mlp.experts.{e}.{leaf}.weight"] = part.clone()
+        if tensor.dim() < 3:
+            found[where + rest] = tensor
+        found[where + "embed_tokens.weight"] = modules.embed_tokens.weight.clone()
+        found[where + "shared_head.head.weight"] = modules.shared_head.weight.clone()
+    return found
+
+
+def test_hugging_faces_depths_are_read_from_a_published_file(hf, tmp_path):
+    """Its random weights, beside those of its main model, with the usual copies."""
+    from safetensors.torch import load_file, save_file
+    from transformers.modeling_layers import MtpModel
+
+    config = hf.AutoConfig.for_model(**small().to_hf())
+    main = hf.AutoModelForCausalLM.from_config(config).eval()
+    modules = MtpModel(main, M).eval()
+    seeds = itertools.count()
+    with torch.no_grad():
+        for model in (main, modules):
+            for name, parameter in model.named_parameters():
+                if model is modules and not name.startswith("layers."):
+                    continue  # the main model's own
+                noise = normal(*parameter.shape, seed=next(seeds))
+                parameter.copy_(0.1 * noise + ("norm" in name))
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.copy_(0.1 * normal(E, seed=next(seeds)))
+    main.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | published(modules)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    ours = moe.Transformer.from_pretrained(tmp_path)
+    assert ours.config.n_mtp == M
+    tokens = some_tokens(2, 70)
+    expected = their_ahead(main, modules, tokens)
+    for mine, theirs in zip(ours.predict_ahead(tokens), expected, strict=True):
+        assert theirs.abs().max() > 1
+        near(mine, theirs)
+
+
+@pytest.mark.parametrize("how", ["order", "norms", "norm", "layer"])
+@torch.no_grad()
+def test_the_comparison_of_depths_is_not_blind_to(how):
+    """The halves of the input exchanged, or their norms; a norm; another's block."""
+    model, tokens = ours_random(small()), some_tokens(2, 20)
+    before = model.predict_ahead(tokens)
+    for module in model.mtp:
+        if how == "order":
+            module.proj.weight.copy_(module.proj.weight.roll(D, dims=1))
+        elif how == "norms":
+            module.embed_norm, module.hidden_norm = module.hidden_norm, module.embed_norm
+        elif how == "norm":
+            module.norm = model.norm
+        else:
+            module.block = model.blocks[1]
+    for a, b in zip(model.predict_ahead(tokens), before, strict=True):
+        assert (a - b).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_the_depths_by_their_equations():
+    """arXiv:2412.19437 eqs. 21 to 23; the embedding first, as it was published."""
+    model, tokens = shared_model(), some_tokens(2, 17)
+
+    def normed(x, norm):
+        return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+
+    h = model.hidden(tokens)
+    for k, (module, found) in enumerate(
+        zip(model.mtp, model.predict_ahead(tokens), strict=True)
+    ):
+        T = 17 - 1 - k
+        known, new = h[:, :T], model.embed.weight[tokens[:, k + 1 :]]
+        joined = [normed(new, module.embed_norm), normed(known, module.hidden_norm)]
+        x = torch.cat(joined, dim=2) @ module.proj.weight.T
+        rope = moe.rope_table(torch.arange(5, 5 + T), model.config)  # wherever it is
+        h = normed(module.block(x, rope), module.norm)
+        near(found, h @ model.head.weight.T, 1e-6)  # the tables are of float32
+
+
+@torch.no_grad()
+def test_depth_k_sees_one_token_more_and_none_behind_it():
+    """Row t of depth k hangs on tokens up to t + 1 + k: change each, and look."""
+    model, T = shared_model(), 9
+    tokens = some_tokens(1, T)
+    before = model.predict_ahead(tokens)
+    assert [part.shape for part in before] == [(1, T - 1 - k, V) for k in range(M)]
+    for j in range(T):
+        other = tokens.clone()
+        other[0, j] = (other[0, j] + 1) % V
+        for k, (a, b) in enumerate(
+            zip(model.predict_ahead(other), before, strict=True)
+        ):
+            gap = (a - b).abs().amax(dim=(0, 2))
+            first = max(0, j - 1 - k)
+            assert gap[:first].max().item() < 1e-12 if first else True
+            assert (gap[first:] > 1e-6).all()
+
+
+@pytest.mark.parametrize("T", [0, 1, 2])
+def test_too_few_tokens_to_look_ahead(T):
+    """For training too, where a mean over none would be no number."""
+    for act in (
+        shared_model().predict_ahead,
+        lambda tokens: moe.loss(ours_random(small()).train(), F.pad(tokens, (0, 1))),
+    ):
+        with pytest.raises(ValueError, match=f"{T} tokens are too few to predict 3"):
+            act(some_tokens(1, T))
+    assert [part.shape[1] for part in shared_model().predict_ahead(some_tokens(1, 3))] == [2, 1]
+
+
+def surprise(logits, target: int):
+    """-ln of the probability of `target`."""
+    return math.log(sum(math.exp(z) for z in logits.tolist())) - logits[target].item()
+
+
+def loss_by_hand(logits, ahead, batch, weight: float) -> float:
+    """Eqs. 24 and 25: every depth's sum over T, however many terms it has."""
+    tokens, T = batch.tolist(), batch.shape[1] - 1
+    total = 0.0
+    for b, row in enumerate(tokens):
+        total += sum(surprise(logits[b, t], row[t + 1]) for t in range(T)) / T
+        for k, depth in enumerate(ahead):
+            terms = [surprise(depth[b, t], row[t + 2 + k]) for t in range(T - 1 - k)]
+            total += weight / len(ahead) * sum(terms) / T
+    return total / len(tokens)
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.0, 2.0])
+def test_the_loss_by_hand(weight):
+    model = ours_random(small(balance_loss=0.0, mtp_weight=weight))
+    batch = some_tokens(3, 8)
+    with torch.no_grad():
+        logits = model(batch[:, :-1])
+        ahead = model.predict_ahead(batch[:, :-1])
+    found = moe.loss(model.train(), batch).item()
+    assert math.isclose(found, loss_by_hand(logits, ahead, batch, weight), rel_tol=1e-7)
+    main = moe.loss(model.eval(), batch).item()
+    assert math.isclose(main, loss_by_hand(logits, [], batch, 0), rel_tol=1e-12)
+
+
+def test_no_target_leaks():
+    """The last token is a target alone: in another, the last terms change, no more."""
+    model = ours_random(small(balance_loss=0.0))
+    batch = some_tokens(2, 8)
+    other = batch.clone()
+    other[:, -1] = (other[:, -1] + 1) % V
+    with torch.no_grad():
+        rows = [model(batch[:, :-1]), *model.predict_ahead(batch[:, :-1])]
+    gap = 0.0
+    for k, logits in enumerate(rows):
+        share = 1 if k == 0 else model.config.mtp_weight / M
+        for b in range(2):
+            terms = [surprise(logits[b, -1], each[b, -1]) for each in (other, batch)]
+            gap += share * (terms[0] - terms[1]) / 7 / 2
+    losses = [moe.loss(model.train(), each).item() for each in (other, batch)]
+    assert abs(gap) > 0.01 and math.isclose(losses[0] - losses[1], gap, abs_tol=1e-7)
+
+
+@pytest.mark.parametrize("k", range(M))
+def test_every_parameter_of_a_depth_learns_from_its_own_logits(k):
+    """And so do the embedding, the head and the model below, which it shares."""
+    model = ours_random(small())
+    noted = watch_routers(model)
+    model.predict_ahead(some_tokens(3, 40))[k].square().sum().backward()
+    assert all(min(tally(own[0][1])) > 0 for own in noted), "an expert saw no token"
+    for depth, module in enumerate(model.mtp):
+        for name, parameter in module.named_parameters():
+            reached = parameter.grad is not None and parameter.grad.abs().max() > 1e-6
+            assert reached == (depth <= k), (depth, name)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("mtp."):
+            assert parameter.grad.abs().max() > 1e-6, name
+    assert not any(V in p.shape for p in model.mtp.parameters())
+
+
+def test_what_a_training_pass_calls():
+    """Attention L + M times, each depth all its positions at once; the head 1 + M."""
+    model, calls = ours_random(small()).train(), []
+
+    def note(module, args) -> None:
+        calls.append((type(module).__name__, args[0].shape[1]))
+
+    for module in model.modules():
+        if isinstance(module, moe.Attention) or module is model.head:
+            module.register_forward_pre_hook(note)
+    moe.loss(model, some_tokens(2, 9)).backward()
+    lengths = [8] * L + [7, 6]
+    assert [T for name, T in calls if name == "Attention"] == lengths
+    assert [T for name, T in calls if name == "Linear"] == [8, 7, 6]
+
+
+def test_the_weight_of_the_depths_is_lowered_late(monkeypatch, tmp_path):
+    """λ is 0.3 for 10 of 14.8 parts of the steps, then a third; kept by a checkpoint."""
+    used, real = [], moe.loss
+
+    def note(model, batch):
+        used.append(round(model.mtp_weight.item(), 6))
+        return real(model, batch)
+
+    monkeypatch.setattr(moe, "loss", note)
+    training = mini_training()
+    assert moe.MTP_EARLY * 15 > 10
+    for step in range(15):
+        training.take_step()
+        if step in (9, 12):
+            training.log[-1]["held_out"] = 0.0
+            training.save(tmp_path / str(step), moe.byte_tokenizer())
+    assert used == [0.3] * 11 + [0.1] * 4
+    for step, rest in ((9, [0.3] + [0.1] * 4), (12, [0.1] * 2)):
+        again = mini_training()
+        again.restore(moe.read_torch(tmp_path / str(step) / "checkpoint.pt"))
+        used.clear()
+        while again.step < 15:
+            again.take_step()
+        assert used == rest
+        for a, b in zip(again.log, training.log, strict=True):
+            assert a["loss"] == b["loss"]
+        assert same_bits(biases(again.model), biases(training.model))
+
+
+# --- what is drawn --------------------------------------------------------------------
+
+
+def drawn(p, n: int, draw) -> float:
+    """Total variation between p (V,) and the shares of n draws."""
+    counts = torch.bincount(torch.as_tensor(draw(n)), minlength=len(p))
+    return 0.5 * (counts / n - p).abs().sum().item()
+
+
+SETTINGS = {
+    "plain": {},
+    "cold": {"temperature": 0.5},
+    "top_k": {"top_k": 3},
+    "top_p": {"top_p": 0.7, "temperature": 1.5},
+    "both": {"top_k": 4, "top_p": 0.8},
+    "greedy": {"temperature": 0.0},
+}
+
+
+def chances_by_hand(z: list[float], temperature=1.0, top_k=None, top_p=None) -> list:
+    """A sorted list, cut after k and then where p is reached; what is left sums to 1."""
+    order = sorted(range(len(z)), key=lambda i: z[i], reverse=True)
+    if temperature == 0:
+        return [float(i == order[0]) for i in range(len(z))]
+    order = order[: top_k or len(z)]
+    weight = {i: math.exp((z[i] - max(z)) / temperature) for i in order}
+    whole, mass, kept = sum(weight.values()), 0.0, {}
+    for i in order:
+        if top_p is not None and mass >= top_p:
+            break
+        kept[i] = weight[i]
+        mass += weight[i] / whole
+    return [kept.get(i, 0.0) / sum(kept.values()) for i in range(len(z))]
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_the_distribution_by_hand_and_by_drawing(case):
+    asked, logits = SETTINGS[case], 1.3 * normal(2, 7, dtype=torch.float32, seed=3)
+    p = moe.distribution(logits, **asked)
+    assert p.shape == (2, 7) and p.dtype == torch.float32
+    equal(p.sum(dim=1), torch.ones(2), 1e-6)
+    for row, z in zip(p, logits.tolist(), strict=True):
+        equal(row, torch.tensor(chances_by_hand(z, **asked)), 1e-6)
+    generator = torch.Generator().manual_seed(5)
+    for row, z in zip(p, logits, strict=True):
+        many = z.expand(20_000, -1)
+        draw = partial(moe.sample, many, **asked, generator=generator)
+        assert drawn(row, 20_000, lambda _, draw=draw: draw()) < 0.015
+
+
+def test_ties_do_not_widen_the_choice():
+    """Exactly k are kept; what reaches p is the fewest."""
+    p = moe.distribution(torch.zeros(3, 7), top_k=4)
+    assert (p > 0).sum(dim=1).tolist() == [4] * 3
+    equal(p.sum(dim=1), torch.ones(3), 1e-6)
+    assert (moe.distribution(torch.zeros(3, 8), top_p=0.5) > 0).sum(dim=1).tolist() == [4] * 3
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for top_p, kept in ((0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (1.0, 4)):
+        assert (moe.distribution(logits, top_p=top_p) > 0).sum() == kept
+    many = moe.sample(torch.zeros(500, 7), top_k=4)
+    assert len(set(many.tolist())) == 4
+
+
+def test_the_likeliest_is_taken_before_anything_is_rounded():
+    logits = torch.tensor([[1.0, 1.0 + 1e-12, 0.0]], dtype=torch.float64)
+    assert moe.distribution(logits, 0.0).tolist() == [[0.0, 1.0, 0.0]]
+    assert moe.sample(logits, 0.0).tolist() == [1]
+    huge = torch.tensor([[3e4, 1e4, -3e4]])
+    assert moe.distribution(huge, 1e-6).tolist() == [[1.0, 0.0, 0.0]]
+
+
+# --- speculation ----------------------------------------------------------------------
+
+
+def draws_of_accept(p, q, n: int) -> list[list[int]]:
+    """n times: drafts drawn from q, and what `accept` makes of them."""
+    generator = torch.Generator().manual_seed(7)
+    drafts = [torch.multinomial(one, n, True, generator=generator)[0] for one in q]
+    return [
+        moe.accept(p, q, row, generator)
+        for row in (torch.stack(drafts, 1) if q else torch.empty(n, 0).long())
+    ]
+
+
+P = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4], [0.25, 0.05, 0.6, 0.1]])
+GUESSES = {
+    "far": [[0.1, 0.2, 0.3, 0.4], [0.6, 0.2, 0.1, 0.1]],
+    "near": [[0.45, 0.35, 0.2, 0.0], [0.1, 0.25, 0.3, 0.35]],
+    "certain": [[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]],
+    "elsewhere": [[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]],
+}
+
+
+@pytest.mark.parametrize("guess", GUESSES)
+def test_whatever_is_drafted_tokens_have_the_models_distribution(guess):
+    """20,000 rounds: each token that comes out, and how many are kept, as computed."""
+    q, n = [torch.tensor([row]) for row in GUESSES[guess]], 20_000
+    rounds = draws_of_accept(P, q, n)
+    keep = [torch.minimum(P[i], q[i][0]).sum().item() for i in range(2)]
+    lengths = torch.tensor([len(new) for new in rounds]) - 1
+    assert lengths.min() >= 0 and lengths.max() <= 2
+    chances = torch.tensor([1 - keep[0], keep[0] * (1 - keep[1]), keep[0] * keep[1]])
+    assert drawn(chances, n, lambda _: lengths) < 0.01
+    for place in range(3):
+        there = [new[place] for new in rounds if len(new) > place]
+        if len(there) > 1000:  # a share of a few is far off by chance
+            assert drawn(P[place], len(there), lambda _, t=there: t) < 0.03
+    assert all(new[0] != 3 for new in rounds)  # the model's chance of it is 0
+
+
+def test_a_draft_of_the_models_own_distribution_is_kept():
+    q = [P[i : i + 1] for i in range(2)]
+    assert {len(new) for new in draws_of_accept(P, q, 500)} == {3}
+    alone = [new[0] for new in draws_of_accept(P[:1], [], 20_000)]
+    assert drawn(P[0], 20_000, lambda _: alone) < 0.01
+
+
+def test_the_edges_of_chance(monkeypatch):
+    """A draw of exactly 0 keeps nothing impossible; rounding leaves something to draw."""
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros(()))
+    q = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+    assert moe.accept(P[:2], [q], torch.tensor([3]))[0] != 3
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(1 - 2**-24))
+    p = torch.tensor([[0.5, 0.5 - 2**-22], [1.0, 0.0]])
+    assert len(moe.accept(p, [torch.tensor([[0.5, 0.5]])], torch.tensor([1]))) == 1
+
+
+PROMPTS = [1, 2, 3, 7]
+
+
+@pytest.mark.parametrize("n_mtp", [1, 2, 3])
+@pytest.mark.parametrize("T", PROMPTS)
+def test_greedy_speculation_is_greedy_generation(n_mtp, T):
+    """Random modules guess badly; tokens are the model's, whatever they guess."""
+    model = shared_model(n_mtp)
+    for seed, n in enumerate((0, 1, 2, 3, 17, 40)):
+        tokens = some_tokens(1, T, seed=seed)
+        expected = moe.generate(model, tokens, n)
+        found, stats = moe.speculate(model, tokens, n)
+        assert torch.equal(found, expected) and found.shape == (1, T + n)
+        assert stats.accepted + stats.passes == n
+
+
+# A model that learns a text that goes round; its depths are then disturbed a little.
+LEARNER = moe.Config(
+    vocab_size=11,
+    max_seq_len=64,
+    dim=24,
+    n_layers=2,
+    n_heads=3,
+    q_latent_dim=14,
+    latent_dim=12,
+    head_dim=7,
+    rope_dim=4,
+    value_dim=9,
+    ffn_dim=40,
+    n_dense_layers=1,
+    n_experts=6,
+    n_active=2,
+    expert_ffn_dim=16,
+    n_groups=1,
+    n_active_groups=1,
+    routed_scale=1.0,
+    n_mtp=3,
+    rope_theta=100.0,
+)
+
+
+@remember
+def learner(dtype: torch.dtype = torch.float64):
+    """Its drafts are good, and not always: a step of accepting all, some or none."""
+    if dtype != torch.float64:
+        return copy.deepcopy(learner()).to(dtype)
+    torch.manual_seed(0)
+    model = moe.Transformer(LEARNER).double().train()
+    optimizer = moe.make_optimizer(model, moe.Recipe(lr=1e-2, steps=40))
+    for step in range(40):
+        optimizer.zero_grad()
+        starts = some_tokens(8, 1, 11, seed=step)
+        moe.loss(model, (starts + torch.arange(20)) % 11).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for i, parameter in enumerate(model.mtp.parameters()):
+            parameter += 0.2 * normal(*parameter.shape, seed=i)
+    return model.eval()
