@@ -100,7 +100,7 @@ def route_by_hand(x: list[float], rows: list, bias: list[float], c) -> dict:
     return {i: c.routed_scale * s[i] / whole for i in chosen}
 
 
-# The second is the small config's; a bias of -3 makes every score for choosing negative.
+# Of a bias of -3 every score for choosing is negative.
 GROUPS = {"one": (1, 1), "2 of 4": (4, 2), "all 4": (4, 4), "1 of 2": (2, 1)}
 BIASES = {
     "none": lambda: torch.zeros(E),
@@ -146,7 +146,9 @@ def test_routing_by_hand(kind, groups, bias, renormalise):
     offset = router.bias.tolist() if kind == "deepseek_v3" else []
     found = scattered(weights, routing.chosen)
     for token, row in zip(x.flatten(0, 1), found, strict=True):
-        wanted = route_by_hand(token.tolist(), router.weight.tolist(), offset, router.config)
+        wanted = route_by_hand(
+            token.tolist(), router.weight.tolist(), offset, router.config
+        )
         assert len(wanted) == A and {i for i in range(E) if row[i]} == set(wanted)
         for i, weight in wanted.items():
             assert math.isclose(row[i], weight, rel_tol=1e-12)
@@ -346,7 +348,9 @@ def test_experts_equal_a_loop(case, dtype, path, monkeypatch, products):
         assert ours is not None and ours.dtype == dtype and loop.abs().max() > 0.1
         near(ours, loop, 1e-12 if dtype == torch.float64 else 1e-5)
     without = [i for i in range(6) if i not in chosen]
-    assert len(without) == {"any": 0, "some without": 3}.get(case, 6 - chosen.unique().numel())
+    assert len(without) == {"any": 0, "some without": 3}.get(
+        case, 6 - chosen.unique().numel()
+    )
     for gradient in found[3:]:
         assert not gradient[without].any() and gradient[chosen.unique()].any()
 
@@ -629,9 +633,7 @@ def test_blocks_that_are_recomputed_count_once(use_reentrant):
     plain, again = ours_random(config), ours_random(config)
     blocks = [block for block in again.modules() if isinstance(block, moe.Block)]
     for block in blocks:
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=use_reentrant
-        )
+        block.forward = partial(checkpoint, block.forward, use_reentrant=use_reentrant)
     noted = watch_routers(again)
     batch = some_tokens(2, 9)
     for model in (plain, again):
@@ -647,12 +649,13 @@ def test_blocks_that_are_recomputed_count_once(use_reentrant):
 
 
 def step_of_a_process(rank: int, folder: str) -> None:
-    """One of two processes, each with its own batch; it leaves its biases behind."""
+    """One of two, each with its own batch; it leaves its biases behind."""
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     model = ours_random(small(balance_rate=0.05))
-    one_step(model, some_tokens(2, 9, seed=20 + rank))
+    moe.loss(model.train(), some_tokens(2, 9, seed=20 + rank))
+    model.balance()
     torch.save(biases(model), f"{folder}/biases{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -673,7 +676,9 @@ def test_two_processes_balance_by_the_load_of_both(tmp_path):
     for i, (bias, (one, other)) in enumerate(zip(before, loads, strict=True)):
         both = [a + b for a, b in zip(one, other, strict=True)]
         assert torch.equal(first[i], moved(bias, both, 0.05))
-    alone = [moved(bias, one, 0.05) for bias, (one, _) in zip(before, loads, strict=True)]
+    alone = [
+        moved(bias, one, 0.05) for bias, (one, _) in zip(before, loads, strict=True)
+    ]
     assert not same_bits(first, alone)
 
 
@@ -760,7 +765,10 @@ def test_balancing_makes_skewed_loads_even(rate):
     router = moe.Router(small(balance_rate=rate))
     with torch.no_grad():
         router.weight.copy_(0.1 * normal(E, D, seed=1))
-    lean, generator = 2 * normal(D, dtype=torch.float32), torch.Generator().manual_seed(2)
+    lean, generator = (
+        2 * normal(D, dtype=torch.float32),
+        torch.Generator().manual_seed(2),
+    )
 
     @torch.no_grad()
     def unevenness(n: int, update: bool) -> float:
@@ -893,7 +901,10 @@ def test_the_comparison_of_depths_is_not_blind_to(how):
         if how == "order":
             module.proj.weight.copy_(module.proj.weight.roll(D, dims=1))
         elif how == "norms":
-            module.embed_norm, module.hidden_norm = module.hidden_norm, module.embed_norm
+            module.embed_norm, module.hidden_norm = (
+                module.hidden_norm,
+                module.embed_norm,
+            )
         elif how == "norm":
             module.norm = model.norm
         else:
@@ -951,7 +962,9 @@ def test_too_few_tokens_to_look_ahead(T):
     ):
         with pytest.raises(ValueError, match=f"{T} tokens are too few to predict 3"):
             act(some_tokens(1, T))
-    assert [part.shape[1] for part in shared_model().predict_ahead(some_tokens(1, 3))] == [2, 1]
+    assert [
+        part.shape[1] for part in shared_model().predict_ahead(some_tokens(1, 3))
+    ] == [2, 1]
 
 
 def surprise(logits, target: int):
@@ -1036,7 +1049,7 @@ def test_what_a_training_pass_calls():
 
 
 def test_the_weight_of_the_depths_is_lowered_late(monkeypatch, tmp_path):
-    """λ is 0.3 for 10 of 14.8 parts of the steps, then a third; kept by a checkpoint."""
+    """λ is 0.3 for 10 of 14.8 parts, then a third, also in a resumed run."""
     used, real = [], moe.loss
 
     def note(model, batch):
@@ -1084,7 +1097,7 @@ SETTINGS = {
 
 
 def chances_by_hand(z: list[float], temperature=1.0, top_k=None, top_p=None) -> list:
-    """A sorted list, cut after k and then where p is reached; what is left sums to 1."""
+    """A sorted list, cut after k, then where p is reached; the rest sums to 1."""
     order = sorted(range(len(z)), key=lambda i: z[i], reverse=True)
     if temperature == 0:
         return [float(i == order[0]) for i in range(len(z))]
@@ -1119,7 +1132,9 @@ def test_ties_do_not_widen_the_choice():
     p = moe.distribution(torch.zeros(3, 7), top_k=4)
     assert (p > 0).sum(dim=1).tolist() == [4] * 3
     equal(p.sum(dim=1), torch.ones(3), 1e-6)
-    assert (moe.distribution(torch.zeros(3, 8), top_p=0.5) > 0).sum(dim=1).tolist() == [4] * 3
+    assert (moe.distribution(torch.zeros(3, 8), top_p=0.5) > 0).sum(dim=1).tolist() == [
+        4
+    ] * 3
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     for top_p, kept in ((0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (1.0, 4)):
         assert (moe.distribution(logits, top_p=top_p) > 0).sum() == kept
@@ -1182,7 +1197,7 @@ def test_a_draft_of_the_models_own_distribution_is_kept():
 
 
 def test_the_edges_of_chance(monkeypatch):
-    """A draw of exactly 0 keeps nothing impossible; rounding leaves something to draw."""
+    """A draw of exactly 0 keeps nothing impossible; rounding leaves no row empty."""
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros(()))
     q = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
     assert moe.accept(P[:2], [q], torch.tensor([3]))[0] != 3
@@ -1249,3 +1264,328 @@ def learner(dtype: torch.dtype = torch.float64):
         for i, parameter in enumerate(model.mtp.parameters()):
             parameter += 0.2 * normal(*parameter.shape, seed=i)
     return model.eval()
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """How many drafts each round of a speculation had, and how many were kept."""
+    noted, real = [], moe.accept
+
+    def note(p, q, drafts, generator=None):
+        new = real(p, q, drafts, generator)
+        noted.append((len(q), len(new) - 1))
+        assert len(p) == len(q) + 1 and drafts.shape == (len(q),)
+        return new
+
+    monkeypatch.setattr(moe, "accept", note)
+    return noted
+
+
+def test_good_drafts_change_nothing_but_the_passes(rounds):
+    """Rounds that accept all, some and none, from prompts of every length."""
+    for seed, T in enumerate(PROMPTS * 2):
+        tokens = some_tokens(1, T, 11, seed=seed)
+        for n in (0, 1, 2, 3, 4, 5, 30):
+            expected = moe.generate(learner(), tokens, n)
+            found, stats = moe.speculate(learner(), tokens, n)
+            assert torch.equal(found, expected)
+        assert stats.passes < 16 < stats.accepted
+    kept = Counter(rounds)
+    assert all(kept[3, n] > 5 for n in range(4)), kept
+
+
+def test_greedy_speculation_stops_where_generation_does(rounds):
+    """At the first of several stops, be it drafted, or the token after the drafts."""
+    tokens, cut = torch.tensor([[3, 4]]), set()
+    for stops in [*([i] for i in range(11)), [2, 9], [9, 2], range(11)]:
+        for n in (0, 1, 2, 6, 25):
+            rounds.clear()
+            expected = moe.generate(learner(), tokens, n, stop=stops)
+            found, _ = moe.speculate(learner(), tokens, n, stop=stops)
+            assert torch.equal(found, expected)
+            if n == 25:
+                assert found[0, -1] in stops and found.shape[1] < 27
+                through = 2 + sum(1 + kept for _, kept in rounds)
+                cut.add(through - found.shape[1])
+    assert {0, 1, 2} <= cut  # of what the last round gave
+
+
+def same_unless_close(model, tokens, n: int) -> bool:
+    """Whether both give the same tokens; if not, the first two logits lay together.
+
+    A pass over several tokens sums in another order than one over a single token, so
+    in float32 a choice between two logits within 1e-4 may fall otherwise.
+    """
+    expected = moe.generate(model, tokens, n)
+    found, _ = moe.speculate(model, tokens, n)
+    if torch.equal(found, expected):
+        return True
+    first = int((found != expected)[0].nonzero()[0])
+    best = model(expected[:, :first])[0, -1].topk(2).values
+    assert best[0] - best[1] < 1e-4, (first, best)
+    return False
+
+
+@torch.no_grad()
+def test_greedy_speculation_in_float32():
+    """Equal, but where the two best logits lie within 1e-4 of each other."""
+    models = [learner(torch.float32), ours_random(small(), torch.float32)]
+    same = [
+        same_unless_close(model, some_tokens(1, T, 11, seed=seed), 30)
+        for model in models
+        for seed, T in enumerate(PROMPTS * 2)
+    ]
+    assert sum(same) >= len(same) - 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("T", [1, 2, 3, 5])
+def test_what_the_depths_remember_is_what_a_fresh_pass_gives(
+    monkeypatch, rounds, T, temperature
+):
+    """Each draft's logits are those of a pass over all tokens, without a cache.
+
+    Drafts that were not accepted, and what was made of them, leave no trace.
+    """
+    model, compared, real = learner(), [], moe.Drafter.draft
+
+    def check(self, known, hidden, most, chances, generator):
+        logits = []
+
+        def note(some):
+            logits.append(some)
+            return chances(some)
+
+        drafts, q = real(self, known, hidden, most, note, generator)
+        n = known.shape[1] - 1
+        assert len(logits) == len(q) == drafts.shape[1] == max(0, min(3, most))
+        filler = known.new_zeros(1, 3)  # behind what the last draft hangs on
+        ahead = model.predict_ahead(torch.cat([known, drafts, filler], dim=1))
+        for k, mine in enumerate(logits):
+            equal(mine, ahead[k][:, n - 1], 1e-9)
+            compared.append(k)
+        for k, cache in enumerate(self.caches[: len(q)]):
+            assert cache.length == max(0, n - k)
+        return drafts, q
+
+    monkeypatch.setattr(moe.Drafter, "draft", check)
+    generator = torch.Generator().manual_seed(3)
+    tokens = some_tokens(1, T, 11, seed=T)
+    moe.speculate(model, tokens, 30, temperature=temperature, generator=generator)
+    assert Counter(compared)[2] > 5 and min(kept for _, kept in rounds[1:-2]) < 3
+
+
+def chi_square(counts: dict, chances: dict, n: int) -> float:
+    """How far the counts are off, in standard deviations of what is to be expected."""
+    assert not set(counts) - {cell for cell, p in chances.items() if p > 0}
+    likely = {cell: p for cell, p in chances.items() if n * p >= 5}
+    rest = 1 - sum(likely.values())
+    total = sum((counts[cell] - n * p) ** 2 / (n * p) for cell, p in likely.items())
+    if n * rest >= 1:
+        others = n - sum(counts[cell] for cell in likely)
+        total += (others - n * rest) ** 2 / (n * rest)
+    degrees = len(likely) - (n * rest < 1)
+    return (total - degrees) / math.sqrt(2 * degrees)
+
+
+@remember
+def five_words():
+    """A model of five tokens, whose depths guess otherwise than it goes on."""
+    config = replace(LEARNER, vocab_size=5, n_layers=1, n_experts=0, n_mtp=2)
+    model = ours_random(config, torch.float32)
+    with torch.no_grad():
+        model.head.weight.mul_(2.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"temperature": 1.0}, {"temperature": 1.3, "top_k": 4, "top_p": 0.85}],
+    ids=["plain", "cut off"],
+)
+def test_sampled_speculation_has_the_models_distribution(asked):
+    """The first two new tokens, and the next two: drafts, or what came instead."""
+    model, tokens, n = five_words(), torch.tensor([[3, 1]]), 700
+    chances = {(): 1.0}
+    for length in range(3):
+        for prefix in [some for some in chances if len(some) == length]:
+            row = torch.cat([tokens, torch.tensor([prefix]).long()], dim=1)
+            p = moe.distribution(model(row)[:, -1], **asked)[0].tolist()
+            chances |= {(*prefix, i): chances[prefix] * p[i] for i in range(5)}
+    whole = {new: chance for new, chance in chances.items() if len(new) == 3}
+    assert math.isclose(sum(whole.values()), 1, rel_tol=1e-5)
+    generator, drafted, accepted, seen = torch.Generator().manual_seed(8), 0, 0, []
+    for _ in range(n):
+        found, stats = moe.speculate(model, tokens, 4, **asked, generator=generator)
+        seen.append(tuple(found[0, 2:5].tolist()))
+        drafted, accepted = drafted + stats.drafted, accepted + stats.accepted
+    assert 0.2 < accepted / drafted < 0.8
+    for part in (slice(0, 2), slice(1, 3)):
+        expected = Counter()
+        for new, chance in whole.items():
+            expected[new[part]] += chance
+        assert chi_square(Counter(new[part] for new in seen), expected, n) < 4
+
+
+def test_only_what_is_left_of_the_distribution_is_drawn():
+    """Of drafts too: each new token is among the model's first two at its place."""
+    generator = torch.Generator().manual_seed(2)
+    asked, total = {"temperature": 1.5, "top_k": 2, "generator": generator}, 0
+    for model, vocab in ((shared_model(), V), (learner(), 11)):
+        tokens = some_tokens(1, 4, vocab)
+        for _ in range(5):
+            found, stats = moe.speculate(model, tokens, 20, **asked)
+            found = found.clone()  # what inference mode returns cannot be trained on
+            best = model(found[:, :-1])[0, 3:].topk(2).indices
+            assert (best == found[0, 4:, None]).any(dim=1).all()
+            total += stats.accepted
+    assert total > 20
+
+
+def test_the_same_seed_gives_the_same_tokens():
+    found = [
+        moe.speculate(
+            learner(),
+            some_tokens(1, 4, 11),
+            25,
+            temperature=2.0,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert not torch.equal(found[0][0], found[2][0])
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 20])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_speculation_counts(n, temperature, rounds, monkeypatch):
+    """Passes of the model, drafts, and those kept: a token a pass, and one a draft."""
+    model, lengths, real = copy.deepcopy(learner()), [], moe.Transformer.hidden
+
+    def note(self, tokens, *rest):
+        lengths.append(tokens.shape[1])
+        return real(self, tokens, *rest)
+
+    monkeypatch.setattr(moe.Transformer, "hidden", note)
+    tokens = some_tokens(1, 4, 11)
+    found, stats = moe.speculate(model, tokens, n, temperature=temperature)
+    assert found.shape == (1, 4 + n) and torch.equal(found[:, :4], tokens)
+    assert stats.passes == len(lengths) == len(rounds)
+    assert lengths[:1] == [4][:n] and lengths[1:] == [1 + q for q, _ in rounds[1:]]
+    assert stats.drafted == sum(q for q, _ in rounds)
+    assert stats.accepted == sum(kept for _, kept in rounds)
+    assert n == stats.passes + stats.accepted
+    done = 0
+    for drafted, kept in rounds:
+        if done:  # no more than there is room for, the token after them included
+            assert drafted == min(3, n - done - 1)
+        done += kept + 1
+    assert stats.rate == (stats.accepted / stats.drafted if stats.drafted else 0)
+    assert moe.Speculation().rate == 0 and moe.Speculation(8, 6, 3).rate == 0.75
+
+
+@pytest.mark.parametrize(
+    ("rows", "T", "n", "n_mtp", "named"),
+    [
+        (2, 4, 3, 1, "2 rows"),
+        (1, 4, 3, 0, "0 MTP modules"),
+        (1, 0, 3, 1, "prompt is empty"),
+        (1, 4, 77, 1, "77 new ones do not fit the context of 80"),
+        (1, 81, 0, 1, "a prompt of 81 tokens"),
+        (1, 4, -1, 1, "max_new_tokens is -1"),
+    ],
+)
+def test_what_cannot_be_speculated_on_is_refused(rows, T, n, n_mtp, named):
+    with pytest.raises(ValueError, match=named):
+        moe.speculate(shared_model(n_mtp), some_tokens(rows, T), n)
+
+
+@pytest.mark.parametrize("asked", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}])
+def test_an_impossible_distribution_is_refused(asked):
+    for draw in (moe.generate, moe.speculate):
+        with pytest.raises(ValueError, match=next(iter(asked))):
+            draw(shared_model(1), some_tokens(1, 4), 3, **{"temperature": 1.0, **asked})
+
+
+# --- how many numbers -----------------------------------------------------------------
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return moe.Transformer(config)
+
+
+PRESETS = {
+    "V2-Lite": (moe.DEEPSEEK_V2_LITE, 15_706_484_224, 0),
+    "V2": (moe.DEEPSEEK_V2, 235_741_434_880, 0),
+    "V3": (moe.DEEPSEEK_V3, 671_026_404_352, 11_610_067_968),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_these_parameters(hf, name):
+    """Of Hugging Face's class too; MTP modules are counted apart."""
+    config, total, ahead = PRESETS[name]
+    counts = moe.parameter_counts(on_meta(config))
+    assert (counts["total"], counts["mtp"]) == (total, ahead)
+    theirs = hf.AutoConfig.for_model(**config.to_hf())
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(theirs)
+    assert sum(p.numel() for p in model.parameters()) == total
+    if ahead:
+        from transformers.modeling_layers import MtpModel
+
+        with torch.device("meta"):
+            layers = MtpModel(model, 1).layers
+        assert sum(p.numel() for p in layers.parameters()) == ahead
+
+
+def active_by_hand(c) -> int:
+    """The parameters that one token meets, summed from the sizes."""
+    wide, H, K, R = c.dim, c.n_heads, c.head_dim, c.rope_dim
+    queries = wide * H * (K + R)
+    if (Q := c.q_latent_dim) is not None:
+        queries = wide * Q + Q + Q * H * (K + R)
+    C, P = c.latent_dim, c.value_dim
+    keys = wide * (C + R) + C + C * H * (K + P)
+    attention = queries + keys + H * P * wide + 2 * wide  # and the block's norms
+    seen = c.n_active + c.n_shared
+    mixture = wide * c.n_experts + seen * 3 * wide * c.expert_ffn_dim
+    dense, n = 3 * wide * c.ffn_dim, c.n_dense_layers
+    layers = c.n_layers * attention + n * dense + (c.n_layers - n) * mixture
+    return layers + 2 * c.vocab_size * wide + wide
+
+
+def test_the_parameters_that_a_token_meets():
+    for config in (moe.DEEPSEEK_V2_LITE, moe.DEEPSEEK_V2, moe.DEEPSEEK_V3):
+        assert moe.parameter_counts(on_meta(config))["active"] == active_by_hand(config)
+    assert active_by_hand(moe.DEEPSEEK_V3) == 37_552_282_624
+    dense = moe.parameter_counts(on_meta(small(n_experts=0, n_mtp=0)))
+    assert dense["active"] == dense["total"] and dense["mtp"] == 0
+
+
+def test_the_published_names_of_deepseek_v3():
+    names = moe.hf_names(on_meta(replace(moe.DEEPSEEK_V3, n_mtp=0)))
+    kinds = Counter(name.rpartition(".")[2] for name in names)
+    assert len(names) == 45_395 and set(kinds) == {"weight", "e_score_correction_bias"}
+    assert kinds["e_score_correction_bias"] == 58
+    experts = {name for name in names if ".mlp.experts." in name}
+    assert len(experts) == 58 * 256 * 3
+    assert experts == {
+        f"model.layers.{i}.mlp.experts.{e}.{kind}_proj.weight"
+        for i, e, kind in itertools.product(
+            range(3, 61), range(256), ("gate", "up", "down")
+        )
+    }
+
+
+@torch.no_grad()
+def test_loads_are_the_shares_of_the_choices():
+    model, tokens = ours_random(small()), some_tokens(2, 9)
+    noted = watch_routers(model)
+    shares = moe.loads(model, tokens)
+    assert shares.shape == (L - 1 + M, E)
+    for share, own in zip(shares, noted, strict=True):
+        load = torch.tensor(tally(own[0][1]))
+        equal(share, load / load.sum(), 1e-6)
