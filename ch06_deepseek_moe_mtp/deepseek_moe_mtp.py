@@ -885,7 +885,6 @@ def grouped_linear(x: Tensor, weight: Tensor, count: Tensor) -> Tensor:
         return F.grouped_mm(x, weight.mT, offs=ends)
     rows = x.split(count.tolist())
     parts = zip(rows, weight.unbind(), strict=True)
-    # An empty part stays in the graph, so that each weight has a gradient.
     return torch.cat([F.linear(part, matrix) for part, matrix in parts])
 
 
