@@ -891,7 +891,6 @@ def grouped_linear(x: Tensor, weight: Tensor, count: Tensor) -> Tensor:
         return F.grouped_mm(x, weight.mT, offs=ends)
     rows = x.split(count.tolist())
     parts = zip(rows, weight.unbind(), strict=True)
-    # An empty part stays in the graph, so that each weight has a gradient.
     return torch.cat([F.linear(part, matrix) for part, matrix in parts])
 
 
@@ -1124,10 +1123,13 @@ class Transformer(nn.Module):
 
         With a `cache`, `tokens` follow those that it holds, and are appended to it.
         With `detail`, all that training looks at, and no cache. Raises ValueError when
-        the tokens do not fit `config.max_seq_len` or the cache.
+        the tokens do not fit `config.max_seq_len` or the cache, or with `detail` are
+        too few for the last prediction depth.
         """
         if not detail:
             return self.head(self.hidden(tokens, cache))
+        if (T := tokens.shape[1]) <= (M := self.config.n_mtp):
+            raise ValueError(f"{T} tokens are too few to predict {M + 1} ahead")
         routed = []
         hidden = self.hidden(tokens, None, routed)
         logits, ahead = self.head(hidden), []
@@ -1143,8 +1145,6 @@ class Transformer(nn.Module):
 
         Raises ValueError when `tokens` (B, T) are too few for the last depth.
         """
-        if (T := tokens.shape[1]) <= (M := self.config.n_mtp):
-            raise ValueError(f"{T} tokens are too few to predict {M + 1} ahead")
         return self(tokens, detail=True).ahead
 
     def routers(self) -> list[Router]:
