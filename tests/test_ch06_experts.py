@@ -1032,6 +1032,16 @@ def test_every_parameter_of_a_depth_learns_from_its_own_logits(k):
     assert not any(V in p.shape for p in model.mtp.parameters())
 
 
+@pytest.mark.parametrize("k", range(M))
+def test_the_embedding_learns_from_what_a_depth_is_told(k):
+    """The last token enters depth k as its newest one, and the model below not at all."""
+    model = ours_random(small())
+    tokens = some_tokens(2, 9).remainder(V - 1)
+    tokens[:, -1] = V - 1  # which stands nowhere else
+    model.predict_ahead(tokens)[k].square().sum().backward()
+    assert model.embed.weight.grad[V - 1].abs().max() > 1e-6
+
+
 def test_what_a_training_pass_calls():
     """Attention L + M times, each depth all its positions at once; the head 1 + M."""
     model, calls = ours_random(small()).train(), []
