@@ -1034,7 +1034,7 @@ def test_every_parameter_of_a_depth_learns_from_its_own_logits(k):
 
 @pytest.mark.parametrize("k", range(M))
 def test_the_embedding_learns_from_what_a_depth_is_told(k):
-    """The last token enters depth k as its newest one, and the model below not at all."""
+    """The last token is the newest that depth k is told, and the model is not."""
     model = ours_random(small())
     tokens = some_tokens(2, 9).remainder(V - 1)
     tokens[:, -1] = V - 1  # which stands nowhere else
