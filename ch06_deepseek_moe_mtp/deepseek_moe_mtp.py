@@ -956,7 +956,8 @@ class MTPModule(nn.Module):
     `hidden` (B, T, D) is the depth's before, or the model's after its final norm;
     `embedded` (B, T, D) the tokens that follow those that it has seen. The embedding
     and the head are the model's. The paper writes the hidden state first; the published
-    weight has the embedding first.
+    weight has the embedding first. DeepSeek-V3 publishes one module; further ones go on
+    from the one before, as in Hugging Face's MtpModel.
     """
 
     def __init__(self, config: Config, layer: int) -> None:
