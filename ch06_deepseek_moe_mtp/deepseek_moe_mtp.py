@@ -200,7 +200,12 @@ class Config:
         return cls(**HF_USUAL[kind] | known | rope_from_hf(hf))
 
     def to_hf(self) -> dict:
-        """The `config.json` of the Hugging Face class with the same shape."""
+        """The `config.json` of the Hugging Face class with the same shape.
+
+        Raises ValueError for a V2 model with `renormalise`, which that class has not.
+        """
+        if self.renormalise and self.model_type == "deepseek_v2":
+            raise ValueError("Hugging Face's DeepSeek-V2 does not renormalise weights")
         scaling = None
         if self.rope_factor != 1:
             scaling = {name: getattr(self, ours) for ours, name in HF_ROPE.items()}
@@ -210,6 +215,9 @@ class Config:
             "architectures": [HF_CLASSES[self.model_type]],
             "model_type": self.model_type,
             "num_key_value_heads": self.n_heads,
+            "first_k_dense_replace": (
+                self.n_dense_layers if self.n_experts else self.n_layers
+            ),
             "moe_layer_freq": 1,
             "hidden_act": "silu",
             "attention_bias": False,

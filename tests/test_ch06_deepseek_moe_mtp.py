@@ -3232,3 +3232,23 @@ def test_a_step_is_cheaper_than_hugging_faces(hf, speed_pair):
     uncached = best_of(3, lambda: ours(tokens[:, : n + 1]))[0]
     assert cached <= 0.8 * reference, f"{cached / reference:.2f} times Hugging Face's"
     assert 10 * cached <= uncached, f"only {uncached / cached:.1f} times cheaper"
+
+
+def test_a_model_without_experts_is_dense_in_its_file():
+    config = replace(moe.small_config(), n_experts=0, n_mtp=0)
+    hf = config.to_hf()
+    assert hf["first_k_dense_replace"] == hf["num_hidden_layers"]
+    theirs, ours = moe.reference(config), moe.Transformer(config).eval()
+    moe.randomise(ours)
+    moe.copy_to_reference(ours, theirs)
+    tokens = torch.randint(config.vocab_size, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-5
+        )
+
+
+def test_what_no_file_can_say_is_not_written():
+    config = replace(moe.small_config(), **V2 | {"renormalise": True})
+    with pytest.raises(ValueError, match="does not renormalise"):
+        config.to_hf()
