@@ -526,7 +526,7 @@ def test_what_is_recorded_of_drafts_and_speed(recorded, n_mtp, temperature):
     texts = drafts["openings"]
     made = texts * drafts["new"]
     for row in drafts[str(n_mtp)]:
-        counts = row[str(temperature)]
+        counts = row[study.HOW[temperature]]
         assert counts["rate"] == counts["accepted"] / counts["drafted"]
         assert counts["tokens_per_pass"] == made / counts["passes"]
         # Each pass makes one token beside the drafts that it accepts.
@@ -539,8 +539,8 @@ def test_what_is_recorded_of_drafts_and_speed(recorded, n_mtp, temperature):
     timed = speed[str(n_mtp)]
     ms = timed["ms"]
     assert timed["cost"] == pytest.approx((ms["verify"] + ms["draft"]) / ms["step"])
-    row = timed[str(temperature)]
-    assert row["rate"] == drafts[str(n_mtp)][0][str(temperature)]["rate"]
+    row = timed[study.HOW[temperature]]
+    assert row["rate"] == drafts[str(n_mtp)][0][study.HOW[temperature]]["rate"]
     assert row["speedup"] == pytest.approx(row["speculate"] / row["generate"])
     assert row["bound"] == pytest.approx((1 + n_mtp * row["rate"]) / timed["cost"])
     low, high = row["speedup_quartiles"]

@@ -61,7 +61,8 @@ THIS = Path(__file__).resolve().relative_to(ROOT).as_posix()
 RECORD = ROOT / "tests" / "studies" / "results" / "look_ahead.json"
 RUNS = Path("out") / "look_ahead"
 DEPTHS = (0, 1, 2)  # how many MTP modules
-TEMPERATURES = (0.0, 0.8)
+HOW = {0.0: "greedy", 0.8: "sampled"}  # by temperature
+TEMPERATURES = tuple(HOW)
 # DeepSeek-V3 with one module (arXiv:2412.19437 §5.4.3): the share of second tokens that
 # is accepted, over various topics, and tokens a second over those without.
 PAPER_RATE, PAPER_SPEEDUP = (0.85, 0.9), 1.8
@@ -369,13 +370,13 @@ def measure_drafts(runs: Runs) -> dict:
         for seed in trained_seeds(n_mtp, sizes):
             model = runs.model(n_mtp, seed)
             row = {
-                str(t): count_drafts(model, prompts, sizes.new, t) for t in TEMPERATURES
+                HOW[t]: count_drafts(model, prompts, sizes.new, t) for t in TEMPERATURES
             }
             row["equal"] = count_equal(model, prompts, sizes.new)
             wide = runs.model(n_mtp, seed, torch.float64)
             row["equal_float64"] = count_equal(wide, prompts, sizes.new)
             rows.append(row)
-            rates = ", ".join(f"{row[str(t)]['rate']:.3f} at {t}" for t in TEMPERATURES)
+            rates = ", ".join(f"{row[HOW[t]]['rate']:.3f} at {t}" for t in TEMPERATURES)
             print(
                 f"{n_mtp} modules, seed {seed}: accepted {rates}; equal "
                 f"{row['equal']} and {row['equal_float64']} of {len(prompts)}",
@@ -400,13 +401,13 @@ def measure_speed(runs: Runs) -> dict:
         model = runs.model(n_mtp, seed)
         row = found[str(n_mtp)] = time_parts(model, prompts[0], sizes.turns)
         for t in TEMPERATURES:
-            row[str(t)] = time_decoding(model, prompts, sizes, t)
-            row[str(t)]["bound"] = bound(row[str(t)]["rate"], n_mtp, row["cost"])
+            row[HOW[t]] = time_decoding(model, prompts, sizes, t)
+            row[HOW[t]]["bound"] = bound(row[HOW[t]]["rate"], n_mtp, row["cost"])
             print(
                 f"{n_mtp} modules, temperature {t}: "
-                f"{row[str(t)]['speculate']:,.0f} tokens/s, "
-                f"{row[str(t)]['speedup']:.2f} times `generate`; bound "
-                f"{row[str(t)]['bound']:.2f}",
+                f"{row[HOW[t]]['speculate']:,.0f} tokens/s, "
+                f"{row[HOW[t]]['speedup']:.2f} times `generate`; bound "
+                f"{row[HOW[t]]['bound']:.2f}",
                 flush=True,
             )
     return found
@@ -650,7 +651,7 @@ def draw_rates(ax: Any, drafts: dict) -> None:
     """A dot a run: the share of its drafts that is accepted."""
     groups = [(M, t) for M in DEPTHS[1:] for t in TEMPERATURES]
     for x, (M, t) in enumerate(groups):
-        rates = [100 * row[str(t)]["rate"] for row in drafts[str(M)]]
+        rates = [100 * row[HOW[t]]["rate"] for row in drafts[str(M)]]
         fill = COLOURS[M] if t == 0 else "white"
         ax.plot([x] * len(rates), rates, "o", color=COLOURS[M], mfc=fill, ms=5)
     low, high = (100 * end for end in drafts["paper"])
@@ -667,7 +668,7 @@ def draw_rates(ax: Any, drafts: dict) -> None:
 def draw_speed(ax: Any, speed: dict) -> None:
     """Bars in pairs: one token a pass, and with drafts."""
     groups = [(M, t) for M in DEPTHS[1:] for t in TEMPERATURES]
-    rows = [speed[str(M)][str(t)] for M, t in groups]
+    rows = [speed[str(M)][HOW[t]] for M, t in groups]
     looks = {"generate": (-0.2, "#999999"), "speculate": (0.2, "#009e73")}
     for way, (shift, colour) in looks.items():
         places = [x + shift for x in range(len(groups))]
