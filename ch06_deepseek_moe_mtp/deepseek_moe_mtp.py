@@ -12,8 +12,9 @@ DeepSeekMoE (arXiv:2401.06066 §3), DeepSeek-V2 (arXiv:2405.04434 §2.2), DeepSe
     out    = Σ_shared FFN_j(x) + Σ_chosen g_i FFN_i(x)                           eq. 12
     b_i   += γ · sign(mean load − load_i)              after each step, arXiv:2408.15664
 
-    h⁰ = the model's output;  hᵏ_t = Block(W_k [RMSNorm(Emb(x_t+k)); RMSNorm(hᵏ⁻¹_t)])
-    P(x_t+k+1) = softmax(W_head RMSNorm(hᵏ_t)),  k = 1 … M               eqs. 21 to 23
+    h⁰ = the model's output, normed
+    hᵏ_t = RMSNorm(Block(W_k [RMSNorm(Emb(x_t+k)); RMSNorm(hᵏ⁻¹_t)]))        eqs. 21, 22
+    P(x_t+k+1) = softmax(W_head hᵏ_t),  k = 1 … M                                 eq. 23
     loss = loss of the model + λ/M · Σ_k loss of depth k                     eqs. 24, 25
 
 Letters: B batch, T positions in this call, S positions so far, V vocabulary, D model
