@@ -208,6 +208,11 @@ def test_drafts_are_counted_over_all_prompts(model, temperature):
     assert kept <= found["accepted"] <= kept + rest
 
 
+def test_each_opening_has_random_numbers_of_its_own():
+    seeds = [study.drawing(0.8, i)["generator"].initial_seed() for i in range(4)]
+    assert seeds == [0, 1, 2, 3]
+
+
 def test_drafts_that_are_always_right_are_all_kept(model):
     model.head.weight.data.zero_()
     found = study.count_drafts(model, PROMPTS, 16, 0.0)
@@ -247,13 +252,19 @@ def test_the_parts_are_those_of_a_round_and_can_be_repeated(model, monkeypatch):
     def turns(sides, rounds, device):
         found.append([])
         for side in sides:
+            met.clear()
             first = side.run()
             side.undo()
+            n = len(met)
             found[-1].append((first, side.run()))
             side.undo()
+            pairs = zip(met[:n], met[n:], strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
         return [[2.0, 1.0], [9.0, 3.0, 4.0], [5.0, 2.0]]
 
-    found, prompt = [], PROMPTS[0]
+    found, met, prompt = [], [], PROMPTS[0]
+    for mtp in model.mtp:  # what they go on from is the same each time
+        mtp.register_forward_pre_hook(lambda _, inputs: met.append(inputs[0]))
     monkeypatch.setattr(study.bench, "take_turns", turns)
     for dtype in (torch.float64, torch.float32):
         row = study.time_parts(model.to(dtype), prompt, 2)
