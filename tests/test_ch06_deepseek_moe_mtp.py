@@ -2618,7 +2618,7 @@ def test_experts_and_prediction_depths_come_in_and_little_else():
     kept |= {"attend_naive", "attend_latent_cache", "absorption_pays", "generate"}
     kept |= {"rope_frequencies", "rope_table", "positions_and_mask", "rope_from_hf"}
     kept |= {"reorder_rotary", "read_tensors", "Training", "train", "held_out_loss"}
-    kept |= {"Tokenizer", "Batches", "Recipe", "watch", "run_generate", "main"}
+    kept |= {"Tokenizer", "Batches", "Recipe", "watch", "stream_text", "main"}
     assert not {unit.split(".")[0] for unit in units} & kept
 
 
@@ -2823,6 +2823,49 @@ def test_train_resume_generate_and_verify(hf, capsys, corpus, tmp_path):
     assert (code, err) == (0, "") and said.startswith("the")
     code, said, err = run(capsys, "verify", "--model", out)
     assert (code, err) == (0, "") and "Equal within" in said
+
+
+def test_drafts_on_the_command_line(capsys, trained_folder):
+    """The same greedy text, and on stderr what became of the drafts."""
+    asked = ["generate", "--model", trained_folder, "--prompt", "the", "--temperature"]
+    plain = run(capsys, *asked, 0, "--max-new-tokens", 23)
+    code, said, err = run(capsys, *asked, 0, "--max-new-tokens", 23, "--speculate")
+    assert (code, said) == plain[:2] and plain[2] == ""
+    found = re.fullmatch(
+        r"(\d+) of (\d+) drafts accepted \((\d+)%\), (\d+) passes\n", err
+    )
+    accepted, drafted, rate, passes = map(int, found.groups())
+    assert rate == round(100 * accepted / drafted) and drafted > accepted
+    assert accepted + passes == 23
+    drawn = [*asked, 0.8, "--top-k", 50, "--speculate", "--seed"]
+    first, again, other = (run(capsys, *drawn, seed) for seed in (1, 1, 2))
+    assert first == again != other and first[0] == 0
+
+
+def test_modules_are_asked_for_on_the_command_line(capsys, corpus, tmp_path):
+    for n in (0, 2):
+        trained(capsys, corpus, tmp_path / f"run{n}", "--n-mtp", n)
+        assert moe.read_config(tmp_path / f"run{n}").n_mtp == n
+    for more, what in (
+        (["--speculate", "--model", tmp_path / "run0"], "needs at least one module"),
+        (["--model", tmp_path / "run0", "--chat"], "no tokens for a conversation"),
+    ):
+        code, said, err = run(capsys, "generate", "--prompt", "the", *more)
+        assert (code, said) == (2, "") and what in err and err.count("\n") == 1
+    again = ["train", "--out", tmp_path / "run0", "--resume", "--n-mtp", 1]
+    code, _, err = run(capsys, *again)
+    assert code == 2 and "leave out --n-mtp" in err
+    asked = [
+        "train",
+        "--init",
+        tmp_path / "run0",
+        "--out",
+        tmp_path / "x",
+        "--n-mtp",
+        1,
+    ]
+    code, _, err = run(capsys, *asked)
+    assert code == 2 and "--init has what it has" in err
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "with modules"])
