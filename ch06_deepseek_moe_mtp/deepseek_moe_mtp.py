@@ -12,8 +12,9 @@ DeepSeekMoE (arXiv:2401.06066 §3), DeepSeek-V2 (arXiv:2405.04434 §2.2), DeepSe
     out    = Σ_shared FFN_j(x) + Σ_chosen g_i FFN_i(x)                           eq. 12
     b_i   += γ · sign(mean load − load_i)              after each step, arXiv:2408.15664
 
-    h⁰ = the model's output;  hᵏ_t = Block(W_k [RMSNorm(Emb(x_t+k)); RMSNorm(hᵏ⁻¹_t)])
-    P(x_t+k+1) = softmax(W_head RMSNorm(hᵏ_t)),  k = 1 … M               eqs. 21 to 23
+    h⁰ = the model's output, normed
+    hᵏ_t = RMSNorm(Block(W_k [RMSNorm(Emb(x_t+k)); RMSNorm(hᵏ⁻¹_t)]))        eqs. 21, 22
+    P(x_t+k+1) = softmax(W_head hᵏ_t),  k = 1 … M                                 eq. 23
     loss = loss of the model + λ/M · Σ_k loss of depth k                     eqs. 24, 25
 
 Letters: B batch, T positions in this call, S positions so far, V vocabulary, D model
@@ -200,7 +201,12 @@ class Config:
         return cls(**HF_USUAL[kind] | known | rope_from_hf(hf))
 
     def to_hf(self) -> dict:
-        """The `config.json` of the Hugging Face class with the same shape."""
+        """The `config.json` of the Hugging Face class with the same shape.
+
+        Raises ValueError for a V2 model with `renormalise`, which that class has not.
+        """
+        if self.renormalise and self.model_type == "deepseek_v2":
+            raise ValueError("Hugging Face's DeepSeek-V2 does not renormalise weights")
         scaling = None
         if self.rope_factor != 1:
             scaling = {name: getattr(self, ours) for ours, name in HF_ROPE.items()}
@@ -210,6 +216,9 @@ class Config:
             "architectures": [HF_CLASSES[self.model_type]],
             "model_type": self.model_type,
             "num_key_value_heads": self.n_heads,
+            "first_k_dense_replace": (
+                self.n_dense_layers if self.n_experts else self.n_layers
+            ),
             "moe_layer_freq": 1,
             "hidden_act": "silu",
             "attention_bias": False,
@@ -956,7 +965,8 @@ class MTPModule(nn.Module):
     `hidden` (B, T, D) is the depth's before, or the model's after its final norm;
     `embedded` (B, T, D) the tokens that follow those that it has seen. The embedding
     and the head are the model's. The paper writes the hidden state first; the published
-    weight has the embedding first.
+    weight has the embedding first. DeepSeek-V3 publishes one module; further ones go on
+    from the one before, as in Hugging Face's MtpModel.
     """
 
     def __init__(self, config: Config, layer: int) -> None:

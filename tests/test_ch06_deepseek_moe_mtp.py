@@ -2618,7 +2618,7 @@ def test_experts_and_prediction_depths_come_in_and_little_else():
     kept |= {"attend_naive", "attend_latent_cache", "absorption_pays", "generate"}
     kept |= {"rope_frequencies", "rope_table", "positions_and_mask", "rope_from_hf"}
     kept |= {"reorder_rotary", "read_tensors", "Training", "train", "held_out_loss"}
-    kept |= {"Tokenizer", "Batches", "Recipe", "watch", "run_generate", "main"}
+    kept |= {"Tokenizer", "Batches", "Recipe", "watch", "stream_text", "main"}
     assert not {unit.split(".")[0] for unit in units} & kept
 
 
@@ -2714,10 +2714,9 @@ def test_a_resumed_run_is_the_same_run(tmp_path, at):
     assert moe.train(through, BYTES)
     expected = copy.deepcopy(bits(through))
     state = expected["model"]
-    for i in (1, 2):  # λ falls to a third before the last step
-        assert state[
-            f"blocks.{i}.ffn.router.bias" if i < 2 else "mtp.1.block.ffn.router.bias"
-        ].any()
+    for name in ("blocks.1", "mtp.1.block"):
+        assert state[f"{name}.ffn.router.bias"].any()
+    # After step 5 of 6 it falls to a third.
     assert float(state["mtp_weight"]) == pytest.approx(0.1)
     half = new_training()
     while half.step < at:
@@ -2824,6 +2823,49 @@ def test_train_resume_generate_and_verify(hf, capsys, corpus, tmp_path):
     assert (code, err) == (0, "") and said.startswith("the")
     code, said, err = run(capsys, "verify", "--model", out)
     assert (code, err) == (0, "") and "Equal within" in said
+
+
+def test_drafts_on_the_command_line(capsys, trained_folder):
+    """The same greedy text, and on stderr what became of the drafts."""
+    asked = ["generate", "--model", trained_folder, "--prompt", "the", "--temperature"]
+    plain = run(capsys, *asked, 0, "--max-new-tokens", 23)
+    code, said, err = run(capsys, *asked, 0, "--max-new-tokens", 23, "--speculate")
+    assert (code, said) == plain[:2] and plain[2] == ""
+    found = re.fullmatch(
+        r"(\d+) of (\d+) drafts accepted \((\d+)%\), (\d+) passes\n", err
+    )
+    accepted, drafted, rate, passes = map(int, found.groups())
+    assert rate == round(100 * accepted / drafted) and drafted > accepted
+    assert accepted + passes == 23
+    drawn = [*asked, 0.8, "--top-k", 50, "--speculate", "--seed"]
+    first, again, other = (run(capsys, *drawn, seed) for seed in (1, 1, 2))
+    assert first == again != other and first[0] == 0
+
+
+def test_modules_are_asked_for_on_the_command_line(capsys, corpus, tmp_path):
+    for n in (0, 2):
+        trained(capsys, corpus, tmp_path / f"run{n}", "--n-mtp", n)
+        assert moe.read_config(tmp_path / f"run{n}").n_mtp == n
+    for more, what in (
+        (["--speculate", "--model", tmp_path / "run0"], "needs at least one module"),
+        (["--model", tmp_path / "run0", "--chat"], "no tokens for a conversation"),
+    ):
+        code, said, err = run(capsys, "generate", "--prompt", "the", *more)
+        assert (code, said) == (2, "") and what in err and err.count("\n") == 1
+    again = ["train", "--out", tmp_path / "run0", "--resume", "--n-mtp", 1]
+    code, _, err = run(capsys, *again)
+    assert code == 2 and "leave out --n-mtp" in err
+    asked = [
+        "train",
+        "--init",
+        tmp_path / "run0",
+        "--out",
+        tmp_path / "x",
+        "--n-mtp",
+        1,
+    ]
+    code, _, err = run(capsys, *asked)
+    assert code == 2 and "--init has what it has" in err
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "with modules"])
@@ -3199,7 +3241,7 @@ def test_no_slower_than_hugging_face(speed_pair, training):
     batch, steps = some_tokens(4, 129, 1025), []
     for model in speed_pair:
         model.train(training)
-        optimizer = moe.make_optimizer(model, moe.Recipe())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         def step(model=model, optimizer=optimizer):
             if not training:
@@ -3233,3 +3275,23 @@ def test_a_step_is_cheaper_than_hugging_faces(hf, speed_pair):
     uncached = best_of(3, lambda: ours(tokens[:, : n + 1]))[0]
     assert cached <= 0.8 * reference, f"{cached / reference:.2f} times Hugging Face's"
     assert 10 * cached <= uncached, f"only {uncached / cached:.1f} times cheaper"
+
+
+def test_a_model_without_experts_is_dense_in_its_file():
+    config = replace(moe.small_config(), n_experts=0, n_mtp=0)
+    hf = config.to_hf()
+    assert hf["first_k_dense_replace"] == hf["num_hidden_layers"]
+    theirs, ours = moe.reference(config), moe.Transformer(config).eval()
+    moe.randomise(ours)
+    moe.copy_to_reference(ours, theirs)
+    tokens = torch.randint(config.vocab_size, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-5
+        )
+
+
+def test_what_no_file_can_say_is_not_written():
+    config = replace(moe.small_config(), **V2 | {"renormalise": True})
+    with pytest.raises(ValueError, match="does not renormalise"):
+        config.to_hf()

@@ -1311,7 +1311,8 @@ def test_good_drafts_change_nothing_but_the_passes(rounds):
 def test_greedy_speculation_stops_where_generation_does(rounds):
     """At the first of several stops, be it drafted, or the token after the drafts."""
     tokens, cut = torch.tensor([[3, 4]]), set()
-    for stops in [*([i] for i in range(11)), [2, 9], [9, 2], range(11)]:
+    pairs = [[i, (i + 1) % 11] for i in range(11)]  # both in one round, some of them
+    for stops in [*([i] for i in range(11)), *pairs, [2, 9], [9, 2], range(11)]:
         for n in (0, 1, 2, 6, 25):
             rounds.clear()
             expected = moe.generate(learner(), tokens, n, stop=stops)

@@ -282,15 +282,19 @@ def test_a_second_run_trains_only_what_is_missing(copy, monkeypatch, capsys):
     assert again == before
 
 
-def test_another_shape_or_source_is_another_run(runs, tmp_path):
-    paths = {runs.path(arm, seed).name for arm in ARMS for seed in (0, 1)}
-    assert len(paths) == 20
-    other = dict.fromkeys(study.TRAINED, "") | {study.TRAINED[0]: "changed"}
-    for changed in (
-        study.Runs(study.quick(), tmp_path, other),
-        study.Runs(study.full(), tmp_path, dict.fromkeys(study.TRAINED, "")),
+def test_another_length_shape_or_source_is_another_run(runs, tmp_path):
+    names = {runs.path(arm, seed).name for arm in ARMS for seed in (0, 1)}
+    assert len(names) == 20
+    same, sizes = dict.fromkeys(study.TRAINED, ""), study.quick()
+    for other, sources in (
+        (sizes, same | {study.TRAINED[0]: "changed"}),
+        (replace(sizes, config=replace(sizes.config, dim=18)), same),
+        (replace(sizes, recipe=replace(sizes.recipe, steps=7)), same),
+        (replace(sizes, every=3), same),
+        (replace(sizes, documents=21), same),
     ):
-        assert not paths & {changed.path(arm, 0).name for arm in ARMS}
+        changed = study.Runs(other, tmp_path, sources)
+        assert not names & {changed.path(arm, 0).name for arm in ARMS}
 
 
 def test_asked_arms_and_seeds_are_trained_and_nothing_recorded(tmp_path):

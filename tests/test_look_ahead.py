@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The study of multi-token prediction compares like with like; its record is whole."""
 
+import hashlib
 import shutil
 import struct
 import sys
@@ -120,7 +121,8 @@ def test_all_see_the_same_tokens_in_the_same_order(runs):
     first, second = (runs.training(n_mtp, 0).data for n_mtp in (0, 2))
     digest = study.tokens_digest(first, 9)
     assert study.tokens_digest(second, 9) == digest
-    assert study.tokens_digest(first, 8) != digest
+    trained_on = b"".join(first.batch(i).numpy().tobytes() for i in range(9))
+    assert digest == hashlib.sha256(trained_on).hexdigest()
     assert study.tokens_digest(runs.training(0, 1).data, 9) != digest
 
 
@@ -206,6 +208,11 @@ def test_drafts_are_counted_over_all_prompts(model, temperature):
     assert kept <= found["accepted"] <= kept + rest
 
 
+def test_each_opening_has_random_numbers_of_its_own():
+    seeds = [study.drawing(0.8, i)["generator"].initial_seed() for i in range(4)]
+    assert seeds == [0, 1, 2, 3]
+
+
 def test_drafts_that_are_always_right_are_all_kept(model):
     model.head.weight.data.zero_()
     found = study.count_drafts(model, PROMPTS, 16, 0.0)
@@ -245,13 +252,19 @@ def test_the_parts_are_those_of_a_round_and_can_be_repeated(model, monkeypatch):
     def turns(sides, rounds, device):
         found.append([])
         for side in sides:
+            met.clear()
             first = side.run()
             side.undo()
+            n = len(met)
             found[-1].append((first, side.run()))
             side.undo()
+            pairs = zip(met[:n], met[n:], strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
         return [[2.0, 1.0], [9.0, 3.0, 4.0], [5.0, 2.0]]
 
-    found, prompt = [], PROMPTS[0]
+    found, met, prompt = [], [], PROMPTS[0]
+    for mtp in model.mtp:  # what they go on from is the same each time
+        mtp.register_forward_pre_hook(lambda _, inputs: met.append(inputs[0]))
     monkeypatch.setattr(study.bench, "take_turns", turns)
     for dtype in (torch.float64, torch.float32):
         row = study.time_parts(model.to(dtype), prompt, 2)
@@ -524,7 +537,7 @@ def test_what_is_recorded_of_drafts_and_speed(recorded, n_mtp, temperature):
     texts = drafts["openings"]
     made = texts * drafts["new"]
     for row in drafts[str(n_mtp)]:
-        counts = row[str(temperature)]
+        counts = row[study.HOW[temperature]]
         assert counts["rate"] == counts["accepted"] / counts["drafted"]
         assert counts["tokens_per_pass"] == made / counts["passes"]
         # Each pass makes one token beside the drafts that it accepts.
@@ -537,8 +550,8 @@ def test_what_is_recorded_of_drafts_and_speed(recorded, n_mtp, temperature):
     timed = speed[str(n_mtp)]
     ms = timed["ms"]
     assert timed["cost"] == pytest.approx((ms["verify"] + ms["draft"]) / ms["step"])
-    row = timed[str(temperature)]
-    assert row["rate"] == drafts[str(n_mtp)][0][str(temperature)]["rate"]
+    row = timed[study.HOW[temperature]]
+    assert row["rate"] == drafts[str(n_mtp)][0][study.HOW[temperature]]["rate"]
     assert row["speedup"] == pytest.approx(row["speculate"] / row["generate"])
     assert row["bound"] == pytest.approx((1 + n_mtp * row["rate"]) / timed["cost"])
     low, high = row["speedup_quartiles"]
