@@ -412,18 +412,19 @@ def quantize(
 ) -> Quantized:
     """`x` (M, K) in E4M3, each block by its own scale: its largest number becomes 448.
 
-    A block of zeros has the scale 1. If `power_of_two`, scales are rounded up to powers
-    of two (ue8m0: eight bits of exponent), by which nothing is lost in multiplying.
-    DeepSeek-V3 (arXiv:2412.19437 §3.3.2).
+    A block of zeros has the scale 1; one with a number that is not finite becomes NaN.
+    If `power_of_two`, scales are rounded up to powers of two (ue8m0: eight bits of
+    exponent), by which nothing is lost in multiplying. DeepSeek-V3 (arXiv:2412.19437
+    §3.3.2).
     """
     (M, K), (m, k) = x.shape, block
     padded = F.pad(x.float(), (0, -K % k, 0, -M % m))
     blocks = padded.unflatten(1, (-1, k)).unflatten(0, (-1, m))  # (M/m, m, K/k, k)
     scale = blocks.abs().amax(dim=(1, 3), keepdim=True) / FP8_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale == 0, 1.0, scale)
     if power_of_two:
-        mantissa, exponent = torch.frexp(scale)  # scale = mantissa · 2^exponent, >= 1/2
-        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+        mantissa, _ = torch.frexp(scale)  # scale = mantissa · a power of two, >= 1/2
+        scale = torch.where(mantissa == 0.5, scale, scale / mantissa)
     codes = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
     codes = codes.flatten(2, 3).flatten(0, 1)[:M, :K]
     return Quantized(codes, scale[:, 0, :, 0], block)
@@ -585,14 +586,13 @@ def apply_but_codes(
     """`module._apply(fn)`, which moves and casts, but casts no codes or scales."""
     if getattr(module, scales[0]) is None:
         return apply(fn)
-    kept = [getattr(module, name) for name in [*weights, *scales]]
+    names = [*weights, *scales]
+    kept = [getattr(module, name).data for name in names]  # `apply` changes parameters
     apply(fn)
-    for name, old in zip([*weights, *scales], kept, strict=True):
+    for name, old in zip(names, kept, strict=True):
         new = getattr(module, name)
         if new.dtype != old.dtype:
-            moved = old.data.to(new.device)
-            new = nn.Parameter(moved, False) if name in weights else moved
-            setattr(module, name, new)
+            new.data = old.to(new.device)
     return module
 
 
@@ -2361,8 +2361,9 @@ def convert(source: str | Path, out: str | Path, dtype: torch.dtype) -> None:
     """Write the checkpoint in `source` to the folder `out`, in FP8 or out of it.
 
     To FP8 what `CODED` names is quantised in blocks, and the rest keeps its dtype; to
-    another dtype FP8 weights are expanded and all is cast. One tensor is in memory at a
-    time, so any model with DeepSeek's or Llama's names of layers can be converted.
+    another dtype FP8 weights are expanded, and all but the routers' biases is cast. One
+    tensor is in memory at a time, so any model with DeepSeek's or Llama's names of
+    layers can be converted.
     Raises ValueError where there is nothing to do or `out` is `source`.
     """
     folder, out = find_folder(source), Path(out)
@@ -2374,14 +2375,17 @@ def convert(source: str | Path, out: str | Path, dtype: torch.dtype) -> None:
         raise ValueError(f"{folder} is {'in' if is_fp8 else 'not in'} FP8 already")
     if is_fp8:
         fp8_from_hf(config.pop("quantization_config"))
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
     else:
         config["quantization_config"] = HF_FP8
 
     def converted() -> Iterator[tuple[str, Tensor]]:
         tensors = read_tensors(folder)
         for name, tensor in dequantized(tensors) if is_fp8 else tensors:
-            if is_fp8:
-                yield name, tensor.to(dtype)
+            if is_fp8:  # a router's bias moves by steps too fine for bfloat16
+                is_bias = name.endswith("e_score_correction_bias")
+                yield name, tensor if is_bias else tensor.to(dtype)
             elif CODED.search(name):
                 coded = quantize(tensor, SQUARE)
                 yield f"{name}_scale_inv", coded.scale
@@ -3522,8 +3526,9 @@ def show_distances(rows: Sequence[dict], dtype: torch.dtype) -> bool:
 def run_verify(args: argparse.Namespace) -> int:
     """The command `verify`: dequantised beside Hugging Face's, then FP8 beside that."""
     dtype = getattr(torch, args.dtype)
+    rows = verify(args.model, dtype)
     say("Weights dequantised, beside Hugging Face's model:\n")
-    good = show_distances(verify(args.model, dtype), dtype)
+    good = show_distances(rows, dtype)
     if args.model is None or read_config(find_folder(args.model)).fp8:
         path = fp8_path(torch.device("cpu"))
         say(f"\nComputing in FP8 ({path}), beside the weights dequantised:\n")
