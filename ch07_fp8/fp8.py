@@ -204,7 +204,12 @@ class Config:
         return cls(**HF_USUAL[kind] | known | rope_from_hf(hf))
 
     def to_hf(self) -> dict:
-        """The `config.json` of the Hugging Face class with the same shape."""
+        """The `config.json` of the Hugging Face class with the same shape.
+
+        Raises ValueError for a V2 model with `renormalise`, which that class has not.
+        """
+        if self.renormalise and self.model_type == "deepseek_v2":
+            raise ValueError("Hugging Face's DeepSeek-V2 does not renormalise weights")
         scaling = None
         if self.rope_factor != 1:
             scaling = {name: getattr(self, ours) for ours, name in HF_ROPE.items()}
@@ -214,6 +219,9 @@ class Config:
             "architectures": [HF_CLASSES[self.model_type]],
             "model_type": self.model_type,
             "num_key_value_heads": self.n_heads,
+            "first_k_dense_replace": (
+                self.n_dense_layers if self.n_experts else self.n_layers
+            ),
             "moe_layer_freq": 1,
             "hidden_act": "silu",
             "attention_bias": False,
@@ -1240,7 +1248,8 @@ class MTPModule(nn.Module):
     `hidden` (B, T, D) is the depth's before, or the model's after its final norm;
     `embedded` (B, T, D) the tokens that follow those that it has seen. The embedding
     and the head are the model's. The paper writes the hidden state first; the published
-    weight has the embedding first.
+    weight has the embedding first. DeepSeek-V3 publishes one module; further ones go on
+    from the one before, as in Hugging Face's MtpModel.
     """
 
     def __init__(self, config: Config, layer: int) -> None:
