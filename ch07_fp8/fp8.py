@@ -426,8 +426,9 @@ def quantize(
     §3.3.2).
     """
     (M, K), (m, k) = x.shape, block
-    padded = F.pad(x.float(), (0, -K % k, 0, -M % m))
-    blocks = padded.unflatten(1, (-1, k)).unflatten(0, (-1, m))  # (M/m, m, K/k, k)
+    rows, columns = -(-M // m), -(-K // k)
+    padded = F.pad(x.float(), (0, columns * k - K, 0, rows * m - M))
+    blocks = padded.view(rows, m, columns, k)
     scale = blocks.abs().amax(dim=(1, 3), keepdim=True) / FP8_MAX
     scale = torch.where(scale == 0, 1.0, scale)
     if power_of_two:

@@ -130,8 +130,10 @@ def cases(chapter: Chapter, quick: bool) -> Iterator[Case]:
 
 
 def plain(config: Any) -> Any:
-    """The same without dropout, where it has any."""
-    return replace(config, dropout=0.0) if hasattr(config, "dropout") else config
+    """The same without dropout and in float32, where it has such a choice."""
+    names = {each.name for each in fields(config)}
+    exact = {"dropout": 0.0, "fp8": False}
+    return replace(config, **{k: v for k, v in exact.items() if k in names})
 
 
 def widened(config: Any) -> Any:

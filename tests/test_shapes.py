@@ -70,6 +70,8 @@ def variants(config):
     if hasattr(config, "n_groups"):
         groups = {"n_groups": 4, "n_active_groups": 3, "n_mtp": 2}
         yield dataclasses.replace(config, **groups)
+    if hasattr(config, "fp8"):
+        yield dataclasses.replace(config, fp8=not config.fp8)
 
 
 def call(function, *args, **options):
