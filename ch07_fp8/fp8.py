@@ -1707,6 +1707,16 @@ def summary(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
+def check_draw(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError unless tokens can be drawn so."""
+    if not temperature >= 0 or (top_k is not None and top_k < 1):
+        raise ValueError(
+            f"temperature {temperature} and top_k {top_k}: need >= 0, >= 1"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")
+
+
 def distribution(
     logits: Tensor,
     temperature: float = 1.0,
@@ -1718,12 +1728,7 @@ def distribution(
     Temperature 0 takes the likeliest. `top_k` keeps exactly k tokens, also under ties;
     `top_p` keeps the fewest whose probabilities reach p (arXiv:1904.09751 §3.1).
     """
-    if not temperature >= 0 or (top_k is not None and top_k < 1):
-        raise ValueError(
-            f"temperature {temperature} and top_k {top_k}: need >= 0, >= 1"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1]")
+    check_draw(temperature, top_k, top_p)
     V = logits.shape[-1]
     if temperature == 0:
         return F.one_hot(logits.argmax(dim=-1), V).float()  # (B, V)
@@ -1748,9 +1753,10 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """One next token a row: (B, V) logits to (B,) ids, drawn from `distribution`."""
-    p = distribution(logits, temperature, top_k, top_p)  # (B, V)
+    check_draw(temperature, top_k, top_p)
     if temperature == 0:
-        return p.argmax(dim=-1)
+        return logits.argmax(dim=-1)
+    p = distribution(logits, temperature, top_k, top_p)  # (B, V)
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
@@ -1850,6 +1856,15 @@ class Speculation:
         return self.accepted / max(1, self.drafted)
 
 
+def check_speculation(model: Transformer, B: int) -> None:
+    """Raise ValueError unless the model can draft, for B rows."""
+    if B != 1 or not model.config.n_mtp:
+        raise ValueError(
+            f"{B} rows, {model.config.n_mtp} MTP modules: speculation is for one row, "
+            "and needs at least one module"
+        )
+
+
 @torch.inference_mode()
 def speculate(
     model: Transformer,
@@ -1870,14 +1885,9 @@ def speculate(
     ValueError for several rows, which would not advance together, for a model without
     MTP modules, and where `generate` does.
     """
-    B, T = tokens.shape
-    check_request(model, T, max_new_tokens)
-    if B != 1 or not model.config.n_mtp:
-        raise ValueError(
-            f"{B} rows, {model.config.n_mtp} MTP modules: speculation is for one row, "
-            "and needs at least one module"
-        )
-    end, stats = T + max_new_tokens, Speculation()
+    check_request(model, tokens.shape[1], max_new_tokens)
+    check_speculation(model, len(tokens))
+    end, stats = tokens.shape[1] + max_new_tokens, Speculation()
     chances = partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
     cache, drafter = model.new_cache(1, end), Drafter(model, end)
     fed, q, known = tokens, [], tokens
@@ -3854,6 +3864,29 @@ def demo(json_path: str | None = None) -> dict:
         with replacing(Path(json_path)) as partial_:
             partial_.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
     return row
+
+
+def drafted_example(
+    model: Transformer, tokenizer: Tokenizer
+) -> tuple[str, Speculation]:
+    """A held-out story's opening, continued with drafts, and what became of them."""
+    unseen = split_documents(read_text(DEFAULT_DATA))[1][0]
+    opening = tokenizer.encode(unseen.partition(". ")[0] + ".")
+    told, stats = speculate(
+        model,
+        torch.tensor([opening]),
+        60,
+        temperature=0.8,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return " ".join(tokenizer.decode(told[0].tolist()).split()), stats
+
+
+def show_loads(model: Transformer, tokens: Tensor) -> None:
+    """Print the share of the choices that the experts of each mixture get."""
+    for i, load in enumerate(loads(model, tokens).tolist()):
+        shares = " ".join(f"{share:.0%}" for share in sorted(load, reverse=True))
+        say(f"  mixture {i + 1}: {shares}")
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import record  # noqa: E402
 import results  # noqa: E402
+import running  # noqa: E402
 import torch  # noqa: E402
 from chapters import ROOT, find, load  # noqa: E402
 
@@ -495,29 +496,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="train only from these seeds; record nothing",
     )
-    command.add_argument(
-        "--out", default=RUNS, type=Path, metavar="DIR", help=f"default: {RUNS}"
-    )
-    command.add_argument(
-        "--record", type=Path, metavar="PATH", help="write here, not to the record"
-    )
+    running.add_places(command, RUNS)
     return command
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        study(args)
-    except (OSError, ValueError, FloatingPointError) as error:
-        print(f"experts.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "experts.py: stopped; what is trained is kept, the same command goes on",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    return running.run(study, parser().parse_args(argv), "experts.py")
 
 
 if __name__ == "__main__":

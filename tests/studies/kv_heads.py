@@ -44,6 +44,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import bench  # noqa: E402
 import record  # noqa: E402
 import results  # noqa: E402
+import running  # noqa: E402
 import story_consistency  # noqa: E402
 import torch  # noqa: E402
 from chapters import ROOT, find, load  # noqa: E402
@@ -508,29 +509,12 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--only", choices=list(PARTS), help="one part of the record")
     command.add_argument("--quick", action="store_true", help="small, in seconds")
-    command.add_argument(
-        "--out", default=RUNS, type=Path, metavar="DIR", help=f"default: {RUNS}"
-    )
-    command.add_argument(
-        "--record", type=Path, metavar="PATH", help="write here, not to the record"
-    )
+    running.add_places(command, RUNS)
     return command
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        study(args)
-    except (OSError, ValueError, FloatingPointError) as error:
-        print(f"kv_heads.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "kv_heads.py: stopped; what is trained is kept, the same command goes on",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    return running.run(study, parser().parse_args(argv), "kv_heads.py")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).parent)]
 
 import results  # noqa: E402
+import running  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from chapters import ROOT, find, load  # noqa: E402
@@ -866,29 +867,12 @@ def parser() -> argparse.ArgumentParser:
         prog="low_rank.py", description=__doc__.split("\n")[0]
     )
     command.add_argument("--quick", action="store_true", help="small, in seconds")
-    command.add_argument(
-        "--out", default=RUNS, type=Path, metavar="DIR", help=f"default: {RUNS}"
-    )
-    command.add_argument(
-        "--record", type=Path, metavar="PATH", help="write here, not to the record"
-    )
+    running.add_places(command, RUNS)
     return command
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        study(args)
-    except (OSError, ValueError, FloatingPointError) as error:
-        print(f"low_rank.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "low_rank.py: stopped; what is measured is kept, the same command goes on",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    return running.run(study, parser().parse_args(argv), "low_rank.py", kept="measured")
 
 
 if __name__ == "__main__":
