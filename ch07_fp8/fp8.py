@@ -31,8 +31,8 @@ Lineage: from ch06_deepseek_moe_mtp/deepseek_moe_mtp.py
         scaled_product suits_scaled_mm block_scaled_mm FP8Product fp8_linear FP8Linear
         hold_codes apply_but_codes linear Experts.in_groups Experts.in_fp8
         Experts._apply is_master HF_FP8 fp8_from_hf scale_from_file dequantized
-        reading_order CODED SAFETENSORS convert write_safetensors FP8_TOLERANCE
-        verify_fp8 small_fp8_config show_fp8 run_convert
+        reading_order CODED SAFETENSORS convert to_fp8 out_of_fp8 write_safetensors
+        FP8_TOLERANCE verify_fp8 small_fp8_config show_fp8 run_convert
 """
 
 from __future__ import annotations
@@ -966,15 +966,13 @@ class Attention(nn.Module):
             kv = cache.append(kv)  # (B, S, C + R), S >= T
             if absorption_pays(T, kv.shape[1], self.config):
                 attend = attend_latent_cache
-        # Made at each call: whatever becomes of the weight, it is current. Absorbed, it
-        # is what the codes stand for, as no product with the latents is left to be FP8.
-        fp8 = self.config.fp8
-        w_up = (
-            self.wkv_up.dense_weight() if fp8 else self.wkv_up.weight
-        )  # (H·(K + P), C)
-        w_up = w_up.unflatten(0, (self.config.n_heads, -1)).type_as(kv)
-        if fp8 and attend is attend_naive:
+        # Made at each call: whatever becomes of the weight, it is current.
+        w_up = self.wkv_up.weight  # (H·(K + P), C)
+        if self.config.fp8 and attend is attend_naive:
             attend = partial(attend_naive, expand=self.wkv_up)
+        elif self.config.fp8:  # absorbed: no product with the latents is left to be FP8
+            w_up = self.wkv_up.dense_weight().type_as(kv)
+        w_up = w_up.unflatten(0, (self.config.n_heads, -1))
         out = attend(q, kv, w_up, self.config.softmax_scale, seen)  # (B, H, T, P)
         return self.wo(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -2400,29 +2398,40 @@ def convert(source: str | Path, out: str | Path, dtype: torch.dtype) -> None:
     else:
         config["quantization_config"] = HF_FP8
 
-    def converted() -> Iterator[tuple[str, Tensor]]:
-        tensors = read_tensors(folder)
-        for name, tensor in dequantized(tensors) if is_fp8 else tensors:
-            if is_fp8:  # a router's bias moves by steps too fine for bfloat16
-                is_bias = name.endswith("e_score_correction_bias")
-                yield name, tensor if is_bias else tensor.to(dtype)
-            elif CODED.search(name):
-                coded = quantize(tensor, SQUARE)
-                yield f"{name}_scale_inv", coded.scale
-                yield name, coded.codes
-            else:
-                yield name, tensor
-
-    plan = {name: (tensor.dtype, tensor.shape) for name, tensor in converted()}
-    with replacing(out / "model.safetensors") as partial:
-        write_safetensors(partial, plan, converted())
-    written = ("config.json", "model.safetensors.index.json")
+    recoded = to_fp8 if dtype == FP8 else partial(out_of_fp8, dtype=dtype)
+    tensors = recoded(read_tensors(folder))
+    plan = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors}
+    with replacing(out / "model.safetensors") as unfinished:
+        write_safetensors(unfinished, plan, recoded(read_tensors(folder)))
+    index = "model.safetensors.index.json"
+    (out / index).unlink(missing_ok=True)  # of what was there before
     for path in sorted(folder.iterdir()):  # tokenizer and such
         kinds = (".json", ".model", ".tiktoken", ".bpe")
-        if path.suffix in kinds and path.name not in written:
+        if path.suffix in kinds and path.name not in ("config.json", index):
             (out / path.name).write_bytes(path.read_bytes())
-    with replacing(out / "config.json") as partial:
-        partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with replacing(out / "config.json") as unfinished:
+        unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def to_fp8(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same with what `CODED` names as scales and codes."""
+    for name, tensor in tensors:
+        if CODED.search(name):
+            coded = quantize(tensor, SQUARE)
+            yield f"{name}_scale_inv", coded.scale
+            yield name, coded.codes
+        else:
+            yield name, tensor
+
+
+def out_of_fp8(
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The same, dequantised, in `dtype`."""
+    for name, tensor in dequantized(tensors):
+        # A router's bias moves by steps too fine for bfloat16.
+        is_bias = name.endswith("e_score_correction_bias")
+        yield name, tensor if is_bias else tensor.to(dtype)
 
 
 def write_safetensors(
@@ -3373,28 +3382,27 @@ def verify(
     checkpoint, one model after the other in memory, and FP8 weights dequantised. The
     last rows are the logits of the MTP modules, where there are any.
     """
-    weights = None
+    tokenizer, copied = None, True
     if source is None:
         ours = Transformer(small_config()).eval()
         randomise(ours)
         ours.to(dtype)
-        theirs, tokenizer = reference(ours.config, dtype), None
+    else:
+        folder = find_folder(source)
+        ours = Transformer.from_pretrained(folder, dtype=dtype, dequantize=True)
+        tokenizer = load_tokenizer(folder)
+        # Hugging Face 5.23 on a CPU misreads matrices that are not of whole blocks.
+        copied = read_config(folder).fp8
+    theirs = weights = None
+    config = ours.config
+    if copied:
+        theirs = reference(config, dtype)
         copy_to_reference(ours, theirs)
         weights = mtp_tensors(ours)
-    else:
-        ours = Transformer.from_pretrained(source, dtype=dtype, dequantize=True)
-        theirs, tokenizer = None, load_tokenizer(find_folder(source))
-        if read_config(find_folder(source)).fp8:
-            # Hugging Face 5.23 takes rows / scales for the height of a block on a CPU,
-            # which is wrong, or refused, where a matrix is not made of whole blocks.
-            theirs = reference(ours.config, dtype)
-            copy_to_reference(ours, theirs)
-            weights = mtp_tensors(ours)
-    inputs = verify_inputs(ours.config, tokenizer)
+    inputs = verify_inputs(config, tokenizer)
     stages = list(expand_stages(ours))
     names = dict(zip(input_names(ours), inputs, strict=False))
     mine = watch(ours, [stage[1] for stage in stages], **names)
-    config = ours.config
     ahead = ours.predict_ahead(*inputs) if config.n_mtp else []
     del ours
     theirs = reference(source, dtype) if theirs is None else theirs

@@ -1562,6 +1562,9 @@ def test_a_sharded_source_is_converted_to_one_file(tmp_path):
     source = llama_folder(tmp_path / "source")
     fp8.convert(source, tmp_path / "one", E4M3)
     in_shards("scales")(source)
+    stale = tmp_path / "two" / "model.safetensors.index.json"
+    stale.parent.mkdir()
+    stale.write_text('{"weight_map": {"a": "gone.safetensors"}}', encoding="utf-8")
     fp8.convert(source, tmp_path / "two", E4M3)
     names = [{p.name for p in (tmp_path / f).iterdir()} for f in ("one", "two")]
     assert names[0] == names[1] and "model.safetensors.index.json" not in names[0]

@@ -41,7 +41,7 @@ its first weights changed by about one millionth of itself, and so is what no di
 in precision explains; seed 1 has other weights and another order of the tokens. Losses
 are of the model itself, without that of its prediction depth. DeepSeek-V3 reports that
 the loss stays within 0.25 % of that in bf16 (arXiv:2412.19437 §3.3 and appendix B.1),
-of larger models over a trillion tokens or so; here it is float32, and 400 steps.
+of larger models over a trillion tokens or so; here it is float32, and 1,000 steps.
 
 What is measured is kept in `out/eight_bits/` or `--out`, so a run that was stopped goes
 on where it was. A part measured alone joins the record, if there is a current one.
@@ -67,6 +67,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import low_rank  # noqa: E402
 import record  # noqa: E402
 import results  # noqa: E402
+import running  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from chapters import ROOT, find, load  # noqa: E402
@@ -112,7 +113,7 @@ def full() -> Sizes:
     """What is recorded."""
     return Sizes(
         config=module.TINY,
-        recipe=module.Recipe(steps=400, eval_every=50),
+        recipe=module.Recipe(steps=1000, eval_every=100),
         every=4,
         bins=40,
         text=low_rank.full(),
@@ -912,30 +913,12 @@ def parser() -> argparse.ArgumentParser:
         "--part", choices=list(PARTS), help="only this; it joins a record that is there"
     )
     command.add_argument("--plot", action="store_true", help="draw the record again")
-    command.add_argument(
-        "--out", default=RUNS, type=Path, metavar="DIR", help=f"default: {RUNS}"
-    )
-    command.add_argument(
-        "--record", type=Path, metavar="PATH", help="write here, not to the record"
-    )
+    running.add_places(command, RUNS)
     return command
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        study(args)
-    except (OSError, ValueError, FloatingPointError) as error:
-        print(f"eight_bits.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "eight_bits.py: stopped; what is measured is kept, the same command goes "
-            "on",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    return running.run(study, parser().parse_args(argv), "eight_bits.py", "measured")
 
 
 if __name__ == "__main__":
