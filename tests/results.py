@@ -41,6 +41,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def digest(source: str, root: Path = ROOT) -> str:
             raise ValueError(f"{source}: only Python files have parts")
         return hashlib.sha256(path.read_bytes()).hexdigest()
     text = path.read_text(encoding="utf-8")
-    nodes = ast.parse(text).body
-    kept = range(1, len(text.splitlines()) + 1)
+    nodes, lines = statements(text), bare(text)
+    kept = range(1, len(lines) + 1)
     if part == "model":
         kept = range(1, banner_line(text))
     elif part:
@@ -96,7 +97,6 @@ def digest(source: str, root: Path = ROOT) -> str:
         decorators = getattr(nodes[0], "decorator_list", [])
         first = min(n.lineno for n in [nodes[0], *decorators])
         kept = range(first, nodes[0].end_lineno + 1)
-    lines = bare(text)
     code = "\n".join(lines[n] for n in kept if lines[n])
     return hashlib.sha256(code.encode("utf-8")).hexdigest()
 
@@ -108,6 +108,14 @@ def defined(node: ast.stmt) -> set[str]:
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
+# Records name many parts of one file, which is read once for all of them.
+@lru_cache(maxsize=64)
+def statements(text: str) -> list[ast.stmt]:
+    """What stands at the top level of a Python file."""
+    return ast.parse(text).body
+
+
+@lru_cache(maxsize=64)
 def bare(text: str) -> dict[int, str]:
     """The lines by number, without comments and docstrings.
 
