@@ -54,13 +54,22 @@ def row_of(rows: list[dict], stage: str) -> dict:
 
 
 def record_verify(chapter: Chapter) -> None:
-    """The table of `verify`: how far each stage is from Hugging Face's."""
-    rows = load(chapter).verify()
+    """The table of `verify`: how far each stage is from Hugging Face's.
+
+    Chapter 7 has a second one: how far computing in FP8 is from float32.
+    """
+    module = load(chapter)
+    rows = module.verify()
+    found = {"stages": rows, "logits": row_of(rows, "logits")}
+    parts = ["model", "small_config"]
+    if hasattr(module, "verify_fp8"):
+        found["fp8"] = row_of(module.verify_fp8(), "logits")
+        parts += ["verify_fp8", "small_fp8_config"]
     results.write(
         chapter.results / "verify.json",
         f"python {chapter.path} verify",
-        {"stages": rows, "logits": row_of(rows, "logits")},
-        [f"{chapter.path}::model", f"{chapter.path}::small_config"],
+        found,
+        [f"{chapter.path}::{part}" for part in parts],
     )
 
 
