@@ -41,6 +41,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def digest(source: str, root: Path = ROOT) -> str:
             raise ValueError(f"{source}: only Python files have parts")
         return hashlib.sha256(path.read_bytes()).hexdigest()
     text = path.read_text(encoding="utf-8")
-    nodes = ast.parse(text).body
+    nodes, lines = parsed(text)
     kept = range(1, len(text.splitlines()) + 1)
     if part == "model":
         kept = range(1, banner_line(text))
@@ -96,9 +97,14 @@ def digest(source: str, root: Path = ROOT) -> str:
         decorators = getattr(nodes[0], "decorator_list", [])
         first = min(n.lineno for n in [nodes[0], *decorators])
         kept = range(first, nodes[0].end_lineno + 1)
-    lines = bare(text)
     code = "\n".join(lines[n] for n in kept if lines[n])
     return hashlib.sha256(code.encode("utf-8")).hexdigest()
+
+
+@lru_cache(maxsize=16)
+def parsed(text: str) -> tuple[list[ast.stmt], dict[int, str]]:
+    """Definitions and bare lines; kept, for a file that has many parts as sources."""
+    return ast.parse(text).body, bare(text)
 
 
 def defined(node: ast.stmt) -> set[str]:
