@@ -28,11 +28,11 @@ Lineage: from ch06_deepseek_moe_mtp/deepseek_moe_mtp.py
         fill to_ours reorder_rotary read_safetensors read_bin verify run_verify
         start_from demo parser
     new: FP8 FP8_MAX BLOCK TILE SQUARE Quantized quantize dequantize fp8_path
-        scaled_product suits_scaled_mm block_scaled_mm FP8Product fp8_linear FP8Linear
-        hold_codes apply_but_codes linear Experts.in_groups Experts.in_fp8
-        Experts._apply is_master HF_FP8 fp8_from_hf scale_from_file dequantized
-        reading_order CODED SAFETENSORS convert to_fp8 out_of_fp8 write_safetensors
-        FP8_TOLERANCE verify_fp8 small_fp8_config show_fp8 run_convert
+        scaled_product block_scaled_mm FP8Product fp8_linear FP8Linear hold_codes
+        apply_but_codes linear Experts.in_groups Experts.in_fp8 Experts._apply is_master
+        HF_FP8 fp8_from_hf scale_from_file dequantized reading_order CODED SAFETENSORS
+        convert to_fp8 out_of_fp8 write_safetensors FP8_TOLERANCE verify_fp8
+        small_fp8_config show_fp8 run_convert
 """
 
 from __future__ import annotations
@@ -448,16 +448,14 @@ def dequantize(q: Quantized) -> Tensor:
 def fp8_path(device: torch.device) -> str:
     """How `scaled_product` runs there: "scaled_mm" or "composed".
 
-    On GPUs of compute capability 9.0, torch's block-wise product of FP8 matrices, whose
-    tensor cores add with fewer bits than float32 has; elsewhere, float32 products of
-    the codes, which are exact, and float32 sums of them.
+    On GPUs of compute capability 9.0, with CUDA 12.9 or newer, torch's block-wise
+    product of FP8 matrices, whose tensor cores add with fewer bits than float32 has;
+    elsewhere, float32 products of the codes, which are exact, and float32 sums of them.
     """
     if device.type == "cuda" and hasattr(F, "scaled_mm"):
-        return (
-            "scaled_mm"
-            if torch.cuda.get_device_capability(device) == (9, 0)
-            else "composed"
-        )
+        cuda = tuple(map(int, (torch.version.cuda or "0").split(".")))
+        if cuda >= (12, 9) and torch.cuda.get_device_capability(device) == (9, 0):
+            return "scaled_mm"
     return "composed"
 
 
@@ -466,7 +464,7 @@ def scaled_product(a: Quantized, b: Quantized) -> Tensor:
 
     Each block of K is summed by itself and then scaled (arXiv:2412.19437 §3.3.2).
     """
-    if fp8_path(a.codes.device) == "scaled_mm" and suits_scaled_mm(a, b):
+    if fp8_path(a.codes.device) == "scaled_mm":
         return block_scaled_mm(a, b)
     of_a, of_b = a.per_row(), b.per_row()
     wide = a.codes.float().split(BLOCK, 1), b.codes.float().split(BLOCK, 1)
@@ -477,30 +475,31 @@ def scaled_product(a: Quantized, b: Quantized) -> Tensor:
     return out
 
 
-def suits_scaled_mm(a: Quantized, b: Quantized) -> bool:
-    """Whether torch's block-wise product takes these sizes: multiples of 16 and 128."""
-    (M, K), N = a.codes.shape, len(b.codes)
-    return K % BLOCK == 0 and N % 16 == 0 and M % 4 == 0
-
-
 def block_scaled_mm(a: Quantized, b: Quantized) -> Tensor:
-    """`scaled_product` by torch's block-wise kernel, in bfloat16 and then float32."""
+    """`scaled_product` by torch's block-wise kernel, in bfloat16 and then float32.
+
+    The kernel takes whole blocks, so codes are padded with zeros, which add nothing.
+    """
     kinds = {TILE: F.ScalingType.BlockWise1x128, SQUARE: F.ScalingType.BlockWise128x128}
-    # The kernel wants the scales of tiles in columns.
-    scales = [
-        q.scale.T.contiguous().T if q.block == TILE else q.scale.contiguous()
-        for q in (a, b)
-    ]
+    codes, scales = [], []
+    for q in (a, b):
+        rows, columns = (-size % BLOCK for size in q.codes.shape)
+        as_bytes = F.pad(q.codes.view(torch.uint8), (0, columns, 0, rows))
+        codes.append(as_bytes.contiguous().view(FP8))
+        if q.block == TILE:  # scales (M, K/128), a column after the other
+            scales.append(F.pad(q.scale, (0, 0, 0, rows)).T.contiguous().T)
+        else:  # (K/128, M/128), of each column of blocks four, or eight, or twelve …
+            scales.append(F.pad(q.scale, (0, -q.scale.shape[1] % 4)).contiguous().T)
     out = F.scaled_mm(
-        a.codes.contiguous(),
-        b.codes.contiguous().T,
+        codes[0],
+        codes[1].T,
         scales[0],
         kinds[a.block],
-        scales[1].T,
+        scales[1],
         kinds[b.block],
         output_dtype=torch.bfloat16,
     )
-    return out.float()
+    return out[: len(a.codes), : len(b.codes)].float()
 
 
 class FP8Product(torch.autograd.Function):

@@ -337,60 +337,80 @@ def test_one_product_of_gaussian_numbers_is_off_by_four_percent():
     ],
 )
 def test_the_path_of_each_device(monkeypatch, device, capability, path):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert fp8.fp8_path(torch.device(device)) == path
 
 
+@pytest.mark.parametrize(
+    ("cuda", "path"),
+    [("12.8", "composed"), ("12.9", "scaled_mm"), (None, "composed")],
+)
+def test_the_path_asks_for_the_cuda_that_has_the_kernel(monkeypatch, cuda, path):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert fp8.fp8_path(torch.device("cuda")) == path
+
+
 def fake_scaled_mm(calls: list):
-    """As torch documents `scaled_mm`: checks what it is given, computes in float64."""
-    tiles, squares = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    """As torch's own: its checks, which it makes on meta tensors; then in float64."""
+    real, tiles = F.scaled_mm, F.ScalingType.BlockWise1x128
 
     def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, *, output_dtype):
-        (M, K), N = a.shape, b.shape[1]
-        assert a.dtype == b.dtype == E4M3 and b.shape[0] == K
-        assert a.stride() == (K, 1) and b.stride() == (1, K)
-        assert K % 128 == 0 and N % 16 == 0
-        wide = [a.double(), b.double()]
-        for i, (scale, recipe) in enumerate([(scale_a, recipe_a), (scale_b, recipe_b)]):
-            assert scale.dtype == torch.float32
-            rows = scale if i == 0 else scale.T  # a row for each row of codes, or block
-            n = (M, N)[i]
-            if recipe == tiles:
-                assert rows.shape == (n, K // 128) and rows.stride(0) == 1
-            else:
-                assert recipe == squares
-                assert rows.shape == (-(-n // 128), K // 128) and rows.stride(1) == 1
-                rows = rows.repeat_interleave(128, 0)[:n]
-            grid = rows.double().repeat_interleave(128, 1)
-            wide[i] = wide[i] * (grid if i == 0 else grid.T)
+        asked = [t.to("meta") for t in (a, b, scale_a, scale_b)]
+        for mine, given in zip(asked, (a, b, scale_a, scale_b), strict=True):
+            assert mine.stride() == given.stride()
+        shape = real(
+            *(asked[0], asked[1], asked[2], recipe_a, asked[3], recipe_b),
+            output_dtype=output_dtype,
+        ).shape
+        wide = [a.double(), b.double().T]
+        recipes = [(scale_a, recipe_a), (scale_b, recipe_b)]
+        for i, (scale, recipe) in enumerate(recipes):
+            rows, blocks = len(wide[i]), wide[i].shape[1] // 128
+            if recipe != tiles:  # (K/128 and up to a multiple of 4, rows/128)
+                assert not scale[blocks:].any()
+                scale = scale[:blocks].T.repeat_interleave(128, 0)
+            assert scale.shape == (rows, blocks)
+            wide[i] = wide[i] * scale.double().repeat_interleave(128, 1)
         calls.append((recipe_a, recipe_b))
-        return (wide[0] @ wide[1]).to(output_dtype)
+        out = (wide[0] @ wide[1].T).to(output_dtype)
+        assert out.shape == shape
+        return out
 
     return scaled_mm
 
 
+@pytest.mark.parametrize("M,N,K", [(12, 272, 384), (11, 270, 300), (1, 640, 640)])
 @pytest.mark.parametrize("blocks", PAIRS)
-def test_the_kernel_is_given_what_it_wants(monkeypatch, blocks):
-    """A stand-in with its conditions; the result in bfloat16, then float32."""
+def test_the_kernel_is_given_what_it_wants(monkeypatch, blocks, M, N, K):
+    """A stand-in with torch's conditions; the result in bfloat16, then float32."""
     calls = []
     monkeypatch.setattr(F, "scaled_mm", fake_scaled_mm(calls))
-    a = fp8.quantize(spread(12, 384), PAIRS[blocks][0])
-    b = fp8.quantize(spread(272, 384, 3), PAIRS[blocks][1])
+    a = fp8.quantize(spread(M, K), PAIRS[blocks][0])
+    b = fp8.quantize(spread(N, K, 3), PAIRS[blocks][1])
     composed = fp8.scaled_product(a, b)
     assert not calls
     monkeypatch.setattr(fp8, "fp8_path", lambda _: "scaled_mm")
     out = fp8.scaled_product(a, b)
-    assert len(calls) == 1 and out.dtype == torch.float32
+    assert len(calls) == 1 and out.dtype == torch.float32 and out.shape == (M, N)
     assert ((out - composed).abs() <= 2.0**-8 * composed.abs() + 1e-5).all()
     assert torch.equal(out, out.bfloat16().float())
     # The gradient of the input: a weight that is read transposed.
-    w = fp8.quantize(spread(384, 272, 3), SQUARE)
+    w = fp8.quantize(spread(K, N, 3), SQUARE)
     near(fp8.scaled_product(a, w.T), (exact(a) @ exact(w)).float(), 2**-8)
     assert len(calls) == 2
-    for M, N, K in [(12, 272, 300), (12, 270, 384), (11, 272, 384)]:
-        a, b = fp8.quantize(random(M, K), TILE), fp8.quantize(random(N, K), SQUARE)
-        is_product(fp8.scaled_product(a, b), a, b)  # composed: no such sizes
-    assert len(calls) == 2
+
+
+def test_torch_refuses_scales_that_lie_otherwise():
+    """The checks that the stand-in makes are torch's: they fail where they should."""
+    a, b = fp8.quantize(random(128, 256), TILE), fp8.quantize(random(256, 256), SQUARE)
+    kinds = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    codes = a.codes.to("meta"), b.codes.to("meta").T
+    for scales in [(a.scale, b.scale.T), (a.scale.T.contiguous().T, b.scale.T)]:
+        scales = [scale.to("meta") for scale in scales]
+        with pytest.raises(RuntimeError, match="1x128 x 128x128 blockwise"):
+            F.scaled_mm(*codes, scales[0], kinds[0], scales[1], kinds[1])
 
 
 @pytest.mark.gpu
