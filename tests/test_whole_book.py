@@ -278,6 +278,11 @@ def test_trainings_of_another_version_are_not_taken():
     stories = sources | {"data/stories.txt": "1"}
     for args in ((longer, sources), (sizes, stories)):
         assert all(study.version(name, *args) != same[name] for name in MODELS)
+    wide = replace(sizes.configs["moe"], expert_ffn_dim=20)
+    found = replace(sizes, configs=sizes.configs | {"moe": wide})
+    for name in MODELS:
+        differs = study.version(name, found, sources) != same[name]
+        assert differs == (name in ("moe", *WITH_MTP))
     # A chapter's change is for its models, and for those that begin with its weights.
     for chapter, changed in (
         ("ch03", ["gpt2"]),
@@ -609,7 +614,7 @@ def test_what_is_recorded_of_each_model(recorded, name):
     for measure in ("held_out", *study.MEASURES):
         assert row[measure] == study.summary(row[measure]["seeds"])
     for curve, last in zip(row["curve"], row["held_out"]["seeds"], strict=True):
-        assert [step for step, _ in curve] == list(range(50, 1001, 50))
+        assert [step for step, _ in curve] == list(range(100, 1001, 100))
         assert curve[0][1] > curve[-1][1] == last > 0.3
     for seed, digest in zip(row["seeds"], row["weights"], strict=True):
         assert study.weights_digest(study.new_model(name, sizes, seed)) == digest

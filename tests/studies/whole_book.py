@@ -17,7 +17,7 @@
 All are as wide, as deep and read as far, and the matrix of the embedding is also that
 of the head. The widths of the feed-forward layers are such that a decoding step uses
 as many parameters in each, within 1 %: all but the experts that were not chosen and
-the MTP modules, tables of embeddings included. So what differs is the total.
+the MTP modules, tables of embeddings included. In total they differ.
 
 Each dimension of a product in FP8 takes two blocks of 128 or more, as in chapter 7's
 TINY. The latent is therefore as wide as two heads' keys and values, 256, and with the
@@ -159,7 +159,7 @@ def full() -> Sizes:
         ),
         recipe={"steps": 800, "batch_size": 4, "lr": 2e-3, "warmup": 100},
         seeds=(0, 1, 2),
-        points=20,
+        points=10,
         stories=200,
         openings=5,
         prompt=16,
