@@ -159,7 +159,7 @@ def full() -> Sizes:
         ),
         recipe={"steps": 800, "batch_size": 4, "lr": 2e-3, "warmup": 100},
         seeds=(0, 1, 2),
-        points=10,
+        points=20,
         stories=200,
         openings=5,
         prompt=16,
