@@ -517,8 +517,8 @@ def state(name: str, old: Outline | None, new: Outline) -> str:
     return "same" if before == after else "changed"
 
 
-def table(root: Path = ROOT, part: str = "all") -> str:
-    """Chapter by definition in Markdown: same, changed, new, dropped.
+def states(root: Path, part: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The chapters, and of each definition its state in every one of them.
 
     `part` is "model" (above the banner), "running" (below it) or "all".
     """
@@ -538,19 +538,35 @@ def table(root: Path = ROOT, part: str = "all") -> str:
                 order.insert(place, unit.name)
                 place += 1
     pairs = list(zip([None, *outlines], outlines, strict=False))
-    lines = [
-        "| definition | " + " | ".join(c.prefix for c in chapters) + " |",
-        "|---|" + "---|" * len(chapters),
-    ]
     cells = {n: [state(n, old, new) for old, new in pairs] for n in order}
-    lines += [f"| `{name}` | " + " | ".join(row) + " |" for name, row in cells.items()]
-    for kind in ("same", *KINDS):
-        counts = (
-            str(sum(row[i] == kind for row in cells.values()))
-            for i in range(len(pairs))
-        )
-        lines.append(f"| *{kind}* | " + " | ".join(counts) + " |")
+    return [c.prefix for c in chapters], cells
+
+
+def markdown(corner: str, head: list[str], rows: dict[str, list[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join([corner, *head]) + " |", "|---|" + "---|" * len(head)]
+    lines += ["| " + " | ".join([name, *row]) + " |" for name, row in rows.items()]
     return "\n".join(lines)
+
+
+def counted(cells: dict[str, list[str]]) -> dict[str, list[str]]:
+    """How many definitions are in each state, chapter by chapter."""
+    columns = list(zip(*cells.values(), strict=True))
+    return {k: [str(column.count(k)) for column in columns] for k in ("same", *KINDS)}
+
+
+def table(root: Path = ROOT, part: str = "all") -> str:
+    """Chapter by definition in Markdown: same, changed, new, dropped."""
+    head, cells = states(root, part)
+    rows = {f"`{name}`": row for name, row in cells.items()}
+    rows |= {f"*{kind}*": row for kind, row in counted(cells).items()}
+    return markdown("definition", head, rows)
+
+
+def counts(root: Path = ROOT, part: str = "all") -> str:
+    """How many definitions each chapter keeps, changes, adds and drops, in Markdown."""
+    head, cells = states(root, part)
+    return markdown("definitions", head, counted(cells))
 
 
 def diff(first: str, second: str, root: Path = ROOT, only: Iterable[str] = ()) -> str:

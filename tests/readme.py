@@ -24,7 +24,8 @@ whose template fills its fields from
                                          `counts(config)` chapter 6's of each kind
 
 Further regions: `begin: chapters` (the table of chapters), `begin: lineage` (what the
-chapter of this folder changes), `begin: lineage-table [model|running|all]`.
+chapter of this folder changes), `begin: lineage-table [model|running|all]`, and
+`begin: lineage-counts` with the same, how many definitions are in each state.
 
 Elsewhere, whatever looks like a measurement (a decimal, a percentage, a number with a
 unit) makes the test fail, unless it stands in code, or its paragraph says in
@@ -132,6 +133,8 @@ def region(kind: str, body: str, path: Path, root: Path) -> str:
         return lineage_summary(path, root)
     if kind == "lineage-table":
         return lineage.table(root, body.strip() or "all")
+    if kind == "lineage-counts":
+        return lineage.counts(root, body.strip() or "all")
     raise ValueError(f"{path.name}: unknown region {kind!r}")
 
 

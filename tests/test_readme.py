@@ -206,6 +206,10 @@ def test_the_other_regions(book):
     out = readme.rendered(path, book)
     assert "| ch01_one | A chapter that adds one. | [one_" in out
     assert "| `add` | new |" in out and "talk" not in out
+    page = write(book, "<!-- begin: lineage-counts model -->\n<!-- end -->")
+    rows = readme.rendered(page, book).splitlines()
+    listed = [line for line in out.splitlines() if line.startswith("| `")]
+    assert f"| new | {sum('| new |' in line for line in listed)} |" in rows
     page = write(book, "<!-- begin: lineage -->\n<!-- end -->")
     assert "The first chapter: 4 definitions, all new." in readme.rendered(page, book)
 
