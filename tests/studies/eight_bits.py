@@ -803,24 +803,35 @@ INPUTS = {
 def draw_errors(errors: dict) -> Any:
     """Outliers of inputs and weights; the errors of inputs, weights and outputs."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     axes = figure.subplots(1, 4, width_ratios=(1.15, 1, 1, 1))
     draw_outliers(axes[0], errors["layers"])
     labels = {"weight": "weights", "input": "inputs", "output": "products"}
     for ax, (part, label) in zip(axes[1:], labels.items(), strict=True):
-        if part != "weight":
-            ax.sharey(axes[1])
-            ax.tick_params(labelleft=False)
         draw_part(ax, errors["layers"], part)
         ax.set_title(label, fontsize="medium")
+    for ax in axes[2:]:
+        ax.sharey(axes[1])
+        ax.tick_params(axis="y", which="both", labelleft=False)
     axes[1].set(yscale="log", ylabel="relative error, %")
-    axes[1].yaxis.set_major_formatter("{x:g}")
-    axes[1].yaxis.set_minor_formatter("{x:g}")
-    axes[1].tick_params(axis="y", which="minor", labelsize="x-small")
-    handles, names = axes[1].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower right", ncols=4, fontsize="small")
-    figure.supxlabel("block of SmolLM2", fontsize="medium")
+    for ax in axes:
+        ax.set_xlabel("block of SmolLM2", fontsize="small")
+        steps = (1,) if ax is axes[0] else (1, 2, 5)
+        ax.yaxis.set_major_locator(LogLocator(subs=steps))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
+    for ax, place in ((axes[0], "left"), (axes[1], "right")):
+        handles, names = ax.get_legend_handles_labels()
+        figure.legend(
+            handles,
+            names,
+            loc=f"outside lower {place}",
+            ncols=3,
+            fontsize="small",
+            frameon=False,
+        )
     return figure
 
 
@@ -833,11 +844,8 @@ def draw_outliers(ax: Any, layers: dict) -> None:
         range(len(low)), low, high, color="#999999", alpha=0.5, lw=0, label="weights"
     )
     ax.set(yscale="log", ylabel="largest / root mean square")
-    ax.yaxis.set_major_formatter("{x:g}")
     ax.set_title("outliers", fontsize="medium")
     ax.grid(alpha=0.3)
-    ax.margins(y=0.35)
-    ax.legend(fontsize="x-small", loc="upper center", ncols=2, frameon=False)
 
 
 def extremes(rows: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
