@@ -730,8 +730,9 @@ def asked_sizes(args: argparse.Namespace) -> Sizes:
 
 def study(args: argparse.Namespace) -> None:
     """Do what is asked, and write the record unless that is `--only` or `--plot`."""
-    sizes, path = asked_sizes(args), args.record or RECORD
-    if sizes != full() and args.record is None and not args.only:
+    sizes = asked_sizes(args)
+    path = args.record or (args.out / "quick.json" if args.quick else RECORD)
+    if sizes != full() and path == RECORD and not args.only:
         raise ValueError("this is not what is recorded: name a --record for it")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; --record names a file")
