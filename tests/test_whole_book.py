@@ -188,6 +188,16 @@ def test_the_last_three_begin_with_the_same_weights(sizes):
     assert study.weights_digest(moe) != digest
 
 
+def test_stories_are_split_as_the_chapters_split_them(runs, tmp_path):
+    module = MODELS["gpt2"].module
+    seen, held_out = module.split_documents(module.read_text(module.DEFAULT_DATA))
+    n = study.quick().documents
+    assert (runs.seen, runs.held_out) == (seen[:n], held_out[:n])
+    sources = dict.fromkeys(study.SOURCES, "")
+    everything = study.Runs(study.full(), tmp_path, sources)
+    assert (everything.seen, everything.held_out) == (seen, held_out)
+
+
 def test_all_see_the_same_tokens_in_the_same_order(runs):
     first = runs.training("gpt2", 0)
     batches = [first.data.batch(i) for i in range(9)]
