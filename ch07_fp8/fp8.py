@@ -488,7 +488,7 @@ def block_scaled_mm(a: Quantized, b: Quantized) -> Tensor:
         codes.append(as_bytes.contiguous().view(FP8))
         if q.block == TILE:  # scales (M, K/128), a column after the other
             scales.append(F.pad(q.scale, (0, 0, 0, rows)).T.contiguous().T)
-        else:  # (K/128, M/128), of each column of blocks four, or eight, or twelve …
+        else:  # K/128 of them in a column, and zeros up to a multiple of four
             scales.append(F.pad(q.scale, (0, -q.scale.shape[1] % 4)).contiguous().T)
     out = F.scaled_mm(
         codes[0],
