@@ -3392,8 +3392,7 @@ def verify(
         tokenizer = load_tokenizer(folder)
         # Hugging Face 5.23 on a CPU misreads matrices that are not of whole blocks.
         copied = read_config(folder).fp8
-    theirs = weights = None
-    config = ours.config
+    theirs, weights, config = None, None, ours.config
     if copied:
         theirs = reference(config, dtype)
         copy_to_reference(ours, theirs)

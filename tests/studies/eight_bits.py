@@ -71,6 +71,7 @@ import running  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from chapters import ROOT, find, load  # noqa: E402
+from running import tokens_digest  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 CHAPTER, LLAMA = find("ch07"), find("ch04")
@@ -186,14 +187,6 @@ def weights_digest(model: nn.Module) -> str:
     hashed = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         hashed.update(name.encode() + tensor.numpy().tobytes())
-    return hashed.hexdigest()
-
-
-def tokens_digest(data: Any, steps: int) -> str:
-    """A hash of the batches that so many steps train on, in their order."""
-    hashed = hashlib.sha256()
-    for i in range(steps):
-        hashed.update(data.batch(i).numpy().tobytes())
     return hashed.hexdigest()
 
 
@@ -723,15 +716,6 @@ def version(part: str, sizes: Sizes, sources: dict[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def unchanged(before: dict[str, str]) -> None:
-    """ValueError when a source is not what it was."""
-    if changed := [s for s, hashed in before.items() if results.digest(s) != hashed]:
-        raise ValueError(
-            f"{', '.join(changed)} changed meanwhile, so nothing is recorded; "
-            "run it again"
-        )
-
-
 def study(args: argparse.Namespace) -> None:
     """Measure what is asked, and write the record or that part of it."""
     sizes = quick() if args.quick else full()
@@ -748,7 +732,7 @@ def study(args: argparse.Namespace) -> None:
     # The model of stories comes first; it is what takes longest.
     order = [args.part] if args.part else ["training", "errors", "perplexity"]
     found = {part: measured.measured(part) for part in order}
-    unchanged(before)
+    running.unchanged(before)
     if args.part:
         if not path.exists() or results.changed(path):
             print(f"kept: {measured.folders[args.part]}; run all of it for a record")

@@ -54,6 +54,7 @@ import running  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from chapters import ROOT, find, load  # noqa: E402
+from running import tokens_digest  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 CHAPTER = find("ch06")
@@ -160,14 +161,6 @@ def weights_digest(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith("mtp."):
             hashed.update(name.encode() + tensor.numpy().tobytes())
-    return hashed.hexdigest()
-
-
-def tokens_digest(data: Any, steps: int) -> str:
-    """A hash of the batches that so many steps train on, in their order."""
-    hashed = hashlib.sha256()
-    for i in range(steps):
-        hashed.update(data.batch(i).numpy().tobytes())
     return hashed.hexdigest()
 
 
@@ -573,16 +566,6 @@ def measured(name: str, runs: Runs) -> dict:
     }
 
 
-def unchanged(before: dict[str, str]) -> None:
-    """ValueError when a source is not what it was."""
-    changed = [s for s, hashed in before.items() if results.digest(s) != hashed]
-    if changed:
-        raise ValueError(
-            f"{', '.join(changed)} changed meanwhile, so nothing is recorded; "
-            "run it again"
-        )
-
-
 def current(path: Path, sizes: Sizes) -> None:
     """ValueError unless there is a record that a part measured now may join."""
     if not path.exists():
@@ -724,13 +707,13 @@ def study(args: argparse.Namespace) -> None:
         before = {source: results.digest(source) for source in SOURCES}
         runs = Runs(sizes, args.out, version(sizes, before))
         part = measured("speed", runs)
-        unchanged(before)
+        running.unchanged(before)
         joined(path, {"speed": part})
     else:
         before = {source: results.digest(source) for source in SOURCES}
         runs = Runs(sizes, args.out, version(sizes, before))
         data = {name: measured(name, runs) for name in PARTS}
-        unchanged(before)
+        running.unchanged(before)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure = draw(data, path.with_suffix(".png"))
         flags = [name for name in ("quick", "steps", "seeds") if getattr(args, name)]

@@ -833,16 +833,6 @@ def draw_perplexity(ax: Any, parts: dict) -> None:
     ax.legend(fontsize="x-small", loc="upper right", bbox_to_anchor=(1, 0.93))
 
 
-def unchanged(before: dict[str, str]) -> None:
-    """ValueError when a source is not what it was."""
-    changed = [s for s, hashed in before.items() if results.digest(s) != hashed]
-    if changed:
-        raise ValueError(
-            f"{', '.join(changed)} changed meanwhile, so nothing is recorded; "
-            "run it again"
-        )
-
-
 def study(args: argparse.Namespace) -> None:
     """Measure all of it, and write the record."""
     sizes = quick() if args.quick else full()
@@ -854,7 +844,7 @@ def study(args: argparse.Namespace) -> None:
     before = {source: results.digest(source) for source in SOURCES}
     measured = Study(sizes, args.out, version(sizes, before))
     parts = {name: measure(measured) for name, measure in PARTS.items()}
-    unchanged(before)
+    running.unchanged(before)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = draw(parts, path.with_suffix(".png"))
     command = f"python {THIS}" + (" --quick" if args.quick else "")

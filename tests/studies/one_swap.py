@@ -504,16 +504,6 @@ def measured(name: str, runs: Runs) -> dict:
     }
 
 
-def unchanged(before: dict[str, str]) -> None:
-    """ValueError when a source is not what it was."""
-    changed = [s for s, hashed in before.items() if results.digest(s) != hashed]
-    if changed:
-        raise ValueError(
-            f"{', '.join(changed)} changed meanwhile, so nothing is recorded; "
-            "run it again"
-        )
-
-
 def joined(path: Path, name: str, part: dict) -> None:
     """Put one part into the record at `path`; the rest of it stays as it is."""
     kept = results.read(path)
@@ -610,11 +600,11 @@ def study(args: argparse.Namespace) -> None:
         return
     if args.part:
         part = measured(args.part, runs)
-        unchanged(before)
+        running.unchanged(before)
         joined(path, args.part, part)
     else:
         parts = {name: measured(name, runs) for name in ("trained", "speed")}
-        unchanged(before)
+        running.unchanged(before)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure = draw(parts, path.with_suffix(".png"))
         command = f"python {THIS}" + (" --quick" if args.quick else "")

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""The command line that studies have in common: where things go, how a run ends."""
+"""What studies have in common: the command line, how a run ends, digests."""
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import results
 
 
 def add_places(command: argparse.ArgumentParser, runs: Path) -> None:
@@ -36,3 +40,21 @@ def run(
         )
         return 130
     return 0
+
+
+def unchanged(before: dict[str, str]) -> None:
+    """ValueError when a source is not what it was; `before` are digests by source."""
+    changed = [s for s, hashed in before.items() if results.digest(s) != hashed]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)} changed meanwhile, so nothing is recorded; "
+            "run it again"
+        )
+
+
+def tokens_digest(data: Any, steps: int) -> str:
+    """A hash of the batches that so many steps train on, in their order."""
+    hashed = hashlib.sha256()
+    for i in range(steps):
+        hashed.update(data.batch(i).numpy().tobytes())
+    return hashed.hexdigest()

@@ -69,6 +69,7 @@ import running  # noqa: E402
 import story_consistency  # noqa: E402
 import torch  # noqa: E402
 from chapters import ROOT, Chapter, find, load  # noqa: E402
+from running import tokens_digest  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 THIS = Path(__file__).resolve().relative_to(ROOT).as_posix()
@@ -222,14 +223,6 @@ def weights_digest(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith("mtp."):
             hashed.update(name.encode() + tensor.numpy().tobytes())
-    return hashed.hexdigest()
-
-
-def tokens_digest(data: Any, steps: int) -> str:
-    """A hash of the batches that so many steps train on, in their order."""
-    hashed = hashlib.sha256()
-    for i in range(steps):
-        hashed.update(data.batch(i).numpy().tobytes())
     return hashed.hexdigest()
 
 
@@ -542,16 +535,6 @@ def version(name: str, sizes: Sizes, sources: dict[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def unchanged(before: dict[str, str]) -> None:
-    """ValueError when a source is not what it was."""
-    changed = [s for s, hashed in before.items() if results.digest(s) != hashed]
-    if changed:
-        raise ValueError(
-            f"{', '.join(changed)} changed meanwhile, so nothing is recorded; "
-            "run it again"
-        )
-
-
 def current(path: Path, sizes: Sizes) -> None:
     """ValueError unless there is a record that speeds measured now may join."""
     if not path.exists():
@@ -767,7 +750,7 @@ def write(args: argparse.Namespace, runs: Runs, path: Path) -> None:
     """Measure all, or the speed alone, and write it; prints the table."""
     data = results.read(path)["data"] if args.speed else measure_trained(runs)
     data = with_speed(data, *measure_speed(runs))
-    unchanged(runs.sources)
+    running.unchanged(runs.sources)
     if args.speed:
         redrawn(path, data)
     else:
